@@ -1,0 +1,151 @@
+"""Every hyperparameter, one numbered section per subject; the scripts read them as ``C.NAME``.
+
+    1 Run              2 Optimisation      3 Schedules
+    4 Longitudinal data and training       5 Longitudinal model       6 Longitudinal losses
+    7 Longitudinal augmentation            8 Longitudinal pairs       9 Demo data
+
+Literals only.  For one run, ``-p PRESET`` overrides the values here and ``--set NAME=VALUE`` overrides both;
+the values used are written to ``training_params.json``.
+"""
+
+# ------------------------------------------------------------------- 1 Run
+SEED = 0
+RUNS_DIR = "runs"                # each run is a folder here
+TRACKERS = ["tensorboard"]       # any of "tensorboard" | "wandb" (if installed); [] for none
+NUM_WORKERS = 2                  # data-loading processes per rank
+ON_BAD_FILE = "stop"             # "stop" | "skip": the next readable case stands in, and the file is listed
+PRECISION = "bf16"               # "fp32" | "bf16" | "fp16" (with gradient scaling)
+CHANNELS_LAST = True             # memory format of convolutions
+COMPILE = False                  # torch.compile of the network
+STRATEGY = "ddp"                 # torchrun: "ddp" | "zero2" (gradients, moments sharded) | "fsdp" (weights too)
+CHECKPOINT_MINUTES = 10.0        # between two writes of *_last.pt inside an epoch
+SAVE_EVERY_EPOCHS = 1            # keep *_epoch_N.pt of every n-th epoch; 0: only the best
+KEEP_TOP_K = 3                   # keep *_epoch_N.pt of the k epochs with the lowest validation loss
+SAMPLES_PER_EPOCH = 4            # validation cases drawn in samples/epoch_N.png; 0: none
+LOG_EVERY_BATCHES = 10           # between two printed lines
+
+# ---------------------------------------------------------- 2 Optimisation
+OPTIMIZER = "adamw"              # "sgd" | "adam" | "adamw"
+ADAM_BETAS = [0.9, 0.999]        # adam, adamw
+MOMENTUM = 0.9                   # sgd
+NO_DECAY_NORM_BIAS = True        # no weight decay on biases and normalisation layers
+GRAD_CLIP_NORM = 1.0             # L2 norm of the whole gradient; 0: no clipping
+USE_EMA = True                   # validate with, and save, a moving average of the weights
+EMA_DECAY = 0.999                # per optimizer step
+EMA_WARMUP = True                # decay min(EMA_DECAY, (1 + step) / (10 + step))
+
+# ------------------------------------------------------------- 3 Schedules
+SCHEDULE = "onecycle"            # "onecycle" | "cosine" | "step" | "cosine_restarts"
+ONECYCLE_PCT_START = 0.15        # fraction of the steps spent rising
+ONECYCLE_DIV_FACTOR = 25.0       # peak / first learning rate
+ONECYCLE_FINAL_DIV_FACTOR = 1e4  # first / last learning rate
+WARMUP_STEPS = 0.1               # cosine: steps, or a fraction of all steps when below 1
+NUM_CYCLES = 0.5                 # cosine: 0.5 goes down once
+IPE_SCALE = 1.0                  # cosine: schedule length / training length (I-JEPA)
+START_LR = 0.0                   # cosine: first rate of the warm-up
+FINAL_LR = 0.0                   # cosine, cosine_restarts: lowest rate
+STEP_SIZE = 1                    # step: length of a stair
+STEP_UNIT = "epoch"              # step: "epoch" | "step"
+STEP_GAMMA = 0.5                 # step: factor per stair
+RESTART_T0 = 1                   # cosine_restarts: length of the first cycle
+RESTART_T0_UNIT = "epoch"        # cosine_restarts: "epoch" | "step"
+RESTART_T_MULT = 2               # cosine_restarts: growth of the cycles
+
+# ---------------------------------- 4 Longitudinal: data and training
+IMG_SIZE = 512                   # pixels, divisible by 32
+BATCH_SIZE = 4                   # image pairs per rank and micro-batch
+UPDATE_EVERY_BATCHES = 12        # micro-batches per optimizer step
+LONGITUDINAL_MIM_EPOCHS = 10
+MAX_LR = 6e-4                    # peak learning rate
+WEIGHT_DECAY = 1e-2
+VAL_FRACTION = 0.15              # of the patients
+TEST_FRACTION = 0.15             # of the patients; never seen by training
+SPLIT_CSV = ""                   # columns patient, split (train | val | test); "": by hash of the patient
+CHANGE_THRESHOLD = 0.05          # |difference| above which a pixel counts as changed
+
+# ------------------------------------------------- 5 Longitudinal: model
+EFFICIENTNET = "b7"              # "b0" .. "b7"
+VIT = "base"                     # "tiny" (192) | "small" (384) | "base" (768)
+DECODER_CHANNELS = [256, 192, 128, 64, 32]  # widths at strides 32, 16, 8, 4, 2; multiples of 8
+EFFICIENTNET_WEIGHTS = ""        # torchvision state dict (.pth); "": random
+VIT_WEIGHTS = ""                 # Hugging Face folder of a ViT or DINOv2 (RAD-DINO); "": random
+ANTISYMMETRIC = False            # swapping the images negates the map exactly
+DROPOUT = 0.1
+ACTIVATION_CHECKPOINTING = False  # less memory, more time
+MASK_PATCH_SIZE = 128            # pixels, side of a hidden patch
+MASK_MODE = "single"             # "single": one patch of one image | "random": each patch by itself
+MASK_PROB_LOW = 0.05             # probability of hiding at the start and the end of the schedule
+MASK_PROB_HIGH = 0.7             # and in its middle
+
+# ------------------------------------------------ 6 Longitudinal: losses
+USE_L1 = True
+USE_L2 = True
+USE_SSIM = False
+USE_PERC_STYLE = False           # needs VGG_WEIGHTS
+USE_FOURIER = False
+USE_GAN = False
+USE_DICE = True                  # soft Dice of the changed pixels, each sign
+USE_CHANGE_WEIGHT = True         # L1 and L2 count changed pixels more
+LAMBDA_L1_ALL = 1.0
+LAMBDA_L1_MASKED = 1.0           # L1 on hidden patches
+LAMBDA_L2 = 1.0
+LAMBDA_SSIM = 1.5
+LAMBDA_P = 2.0                   # perceptual
+LAMBDA_S = 2.0                   # style
+LAMBDA_FOURIER = 0.05
+LAMBDA_GAN = 0.5
+LAMBDA_DICE = 1.0
+
+# ------------------------------------------ 7 Longitudinal: inside the losses
+CHANGE_WEIGHT = 10.0             # weight of a changed pixel in L1 and L2; an unchanged one weighs 1
+DICE_TEMPERATURE = 0.02          # width of the soft threshold of the Dice term, in units of the map
+VGG_WEIGHTS = ""                 # file of torchvision's vgg19_bn weights (vgg19_bn-c79401a0.pth)
+GAN_START_EPOCH = 3              # first epoch with the discriminator
+GAN_LR = 2e-4
+GAN_WEIGHT_DECAY = 0.0
+GAN_BETAS = [0.5, 0.999]         # of the discriminator's AdamW (Radford et al. 2016, arXiv:1511.06434)
+
+# --------------------------- 8 Longitudinal: augmentation, in training only
+AUG_FLIP = 0.5                   # probability of mirroring left and right
+AUG_ROTATION = 5.0               # degrees: limit of a rotation of both images and the map
+AUG_SHIFT = 0.03                 # of the side: limit of a shift of both images and the map
+AUG_SCALE = 0.05                 # limit of a change of size of both images and the map
+AUG_CLAHE = 0.3                  # probability of local histogram equalisation
+AUG_SHARPNESS = 0.3              # probability of sharpening or blurring
+AUG_EXPOSURE = 0.2               # limit of |log(gamma)| and of -log(gain), drawn for each image
+AUG_NOISE = 0.01                 # of the [0, 1] image: limit of the noise's standard deviation
+
+# --------------- 9 Longitudinal: pairs made by prepare_data.py pairs and demo
+PAIR_SIZE = 256                  # pixels per side of the pairs
+PAIR_PER_IMAGE = 8               # pairs made from one X-ray or CT volume
+PAIR_UNCHANGED = 0.2             # share of pairs in which no finding differs
+PAIR_FINDINGS = {"nodules": 0.3, "consolidation": 0.35, "effusion": 0.25, "pneumothorax": 0.15,
+                 "cardiomegaly": 0.15}     # probability of each kind in a pair
+PAIR_DEVICES = 0.5               # probability of tubes, lines or leads in each image
+PAIR_ROTATION = 5.0              # degrees: limit of each image's rotation; most are far smaller
+PAIR_SHIFT = 0.03                # parts of the longer side: limit of each image's shift
+PAIR_SCALE = 0.05                # limit of |log(magnification)| of each image
+PAIR_BREATH = 0.035              # parts of the longer side: limit of the diaphragm's move
+PAIR_BEND = 0.004                # parts of the longer side: amplitude of the smooth warp of each image
+PAIR_EXPOSURE = 0.25             # limit of |log(gamma)|; also scales uneven brightness and cut highlights
+PAIR_LOCAL_CONTRAST = 0.4        # limit of the gain of details
+PAIR_NOISE = 0.015               # of the [0, 1] image: limit of the standard deviation of the grain
+PAIR_BLUR = 0.7                  # limit of sigma in pixels of a 256-pixel image
+
+# ------------------------------------------------------------- 10 Demo data
+DEMO_DIR = "data/demo"           # made on first use
+DEMO_SIZE = 128                  # pixels per side
+DEMO_PATIENTS = 40
+DEMO_PAIRS_PER_PATIENT = 10      # shared out among the two images of a patient
+
+# A preset is chosen with -p NAME; it overrides the values above.
+PRESETS = {
+    "demo": {                    # the smallest useful run: minutes on two CPU cores
+        "EFFICIENTNET": "b0", "VIT": "tiny", "IMG_SIZE": 128, "MASK_PATCH_SIZE": 32, "BATCH_SIZE": 8,
+        "UPDATE_EVERY_BATCHES": 1, "LONGITUDINAL_MIM_EPOCHS": 10, "MAX_LR": 1e-3,
+        "DECODER_CHANNELS": [128, 96, 64, 48, 32], "EMA_DECAY": 0.99},
+    "xray_256": {                # an hour on two CPU cores
+        "EFFICIENTNET": "b0", "VIT": "tiny", "IMG_SIZE": 256, "MASK_PATCH_SIZE": 64, "BATCH_SIZE": 8,
+        "UPDATE_EVERY_BATCHES": 1, "LONGITUDINAL_MIM_EPOCHS": 10, "MAX_LR": 1e-3,
+        "DECODER_CHANNELS": [128, 96, 64, 48, 32], "EMA_DECAY": 0.995},
+}

@@ -1,0 +1,219 @@
+"""Pairs of chest X-rays of one patient at two times, with the map of what changed between them."""
+
+import csv
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from datasets.io import letterbox, min_max, read_image
+from utils.config import BadFile, UserError
+
+SPLITS = ("train", "val", "test")
+DIFF_NAMES = ("diff_map.nii.gz", "difference_map.nii.gz")
+MEMBERS = ("prior.nii.gz", "current.nii.gz", *DIFF_NAMES)
+ON_BAD_FILE = ("stop", "skip")
+LABELS = ("case", "patient", "subject")
+
+
+def find_cases(root, on_bad_file="stop"):
+    """Sorted case folders one or two levels below ``root``: those with any of prior, current and diff_map.
+
+    A case needs prior.nii.gz, current.nii.gz and diff_map.nii.gz (or difference_map.nii.gz).  Hidden folders
+    are left out.  Raises UserError when there is no case, and BadFile when a case is incomplete; with
+    on_bad_file "skip" an incomplete case is returned, for the dataset to skip and count.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise UserError(f"{root}: no such folder of cases")
+    folders = [path for path in sorted([*root.glob("*/"), *root.glob("*/*/")])
+               if not any(part.startswith(".") for part in path.relative_to(root).parts)]
+    cases = [path for path in folders if any((path / name).is_file() for name in MEMBERS)]
+    if not cases:
+        raise UserError(f"{root}: no folder below it holds prior.nii.gz, current.nii.gz and diff_map.nii.gz")
+    if check_on_bad_file(on_bad_file) == "stop":
+        for path in (path for case in cases for path in member_paths(case)):
+            if not path.is_file():
+                raise BadFile(f"{path}: missing; a case holds prior, current and diff_map")
+    return cases
+
+
+def member_paths(case):
+    """(prior, current, difference map) of a case, under whichever of its two names the map has."""
+    diff = next((case / name for name in DIFF_NAMES if (case / name).is_file()), case / DIFF_NAMES[0])
+    return case / "prior.nii.gz", case / "current.nii.gz", diff
+
+
+def check_on_bad_file(word):
+    """The word itself.  Raises UserError when it is not one of ON_BAD_FILE."""
+    if word not in ON_BAD_FILE:
+        raise UserError(f'ON_BAD_FILE = "{word}": must be one of {", ".join(ON_BAD_FILE)}')
+    return word
+
+
+def patient_of(case, root):
+    """The patient: the first-level folder's name up to its first "_".
+
+    Where that is a mere label, as in case_001 or patient_12_followup, the number belongs to it: "case_001",
+    "patient_12".
+    """
+    parts = Path(case).relative_to(root).parts[0].split("_")
+    return "_".join(parts[:2]) if parts[0].lower() in LABELS else parts[0]
+
+
+def split_cases(cases, root, val_fraction, test_fraction, csv=None):
+    """Divide cases by patient -> dict of lists "train", "val", "test"; no patient is ever in two.
+
+    Each patient has a fixed number in [0, 1), a hash of the name: below test_fraction it is in test, below
+    test_fraction + val_fraction in val, else in train.  So a patient stays where it is when others are added.
+    Only where that leaves a wanted split empty (few patients) does the patient with the nearest number move.
+    csv: path of a file that decides instead; columns "split" and "patient" or "case" (folder below root).
+    Raises UserError when fractions or the file make no sense, or patients are fewer than splits wanted.
+    """
+    by_patient = {}
+    for case in cases:
+        by_patient.setdefault(patient_of(case, root), []).append(case)
+    if csv:
+        split_of = splits_from_csv(csv, by_patient, root)
+    else:
+        split_of = splits_by_hash(list(by_patient), val_fraction, test_fraction, root)
+    splits = {split: [] for split in SPLITS}
+    for patient, members in by_patient.items():
+        splits[split_of[patient]] += members
+    for split, wanted in (("train", True), ("val", val_fraction > 0)):
+        if wanted and not splits[split]:
+            raise UserError(f"{csv}: no case has the split {split}")
+    return splits
+
+
+def splits_by_hash(patients, val_fraction, test_fraction, root):
+    """{patient: split}: patients in the order of their hashes, cut at the two fractions."""
+    if min(val_fraction, test_fraction) < 0 or val_fraction + test_fraction >= 1:
+        raise UserError(f"VAL_FRACTION {val_fraction}, TEST_FRACTION {test_fraction}: "
+                        "neither may be negative, and their sum must be below 1")
+    number = {patient: int(hashlib.sha256(patient.encode()).hexdigest()[:12], 16) / 16 ** 12
+              for patient in patients}
+    ordered = sorted(patients, key=number.get)
+    fractions = {"test": test_fraction, "val": val_fraction, "train": 1 - test_fraction - val_fraction}
+    wanted = [split for split, fraction in fractions.items() if fraction > 0]
+    if len(patients) < len(wanted):
+        raise UserError(f"{root}: {len(patients)} patient(s) cannot fill {', '.join(wanted)}; "
+                        "add patients, lower TEST_FRACTION or VAL_FRACTION to 0, or give SPLIT_CSV")
+    bounds = np.cumsum([fractions[split] for split in wanted])[:-1]
+    cuts = np.searchsorted([number[patient] for patient in ordered], bounds)
+    for i in range(len(cuts)):                              # each split keeps one patient at least
+        cuts[i] = np.clip(cuts[i], (cuts[i - 1] if i else 0) + 1, len(patients) - (len(cuts) - i))
+    groups = np.split(np.array(ordered, dtype=object), cuts)
+    return {patient: split for split, group in zip(wanted, groups, strict=True) for patient in group}
+
+
+def splits_from_csv(path, by_patient, root):
+    """{patient: split} as the file says.  Raises UserError naming the file and the line or missing case."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"SPLIT_CSV {path}: cannot be read ({error})") from error
+    key = next((name for name in ("patient", "case") if rows and name in rows[0]), None)
+    if key is None or "split" not in rows[0]:
+        raise UserError(f'SPLIT_CSV {path}: needs rows, a column "split" and a column "patient" or "case"')
+    split_of_name = {}
+    for line, row in enumerate(rows, start=2):
+        name, split = (row[key] or "").strip(), (row["split"] or "").strip()
+        if split not in SPLITS:
+            raise UserError(f'SPLIT_CSV {path}, line {line}: "{split}" is not one of {", ".join(SPLITS)}')
+        if split_of_name.setdefault(name, split) != split:
+            raise UserError(f"SPLIT_CSV {path}, line {line}: {name} is already in {split_of_name[name]}")
+    split_of = {}
+    for patient, cases in by_patient.items():
+        names = [patient] if key == "patient" else [Path(case).relative_to(root).as_posix() for case in cases]
+        absent = [name for name in names if name not in split_of_name]
+        if absent:
+            raise UserError(f"SPLIT_CSV {path}: {key} {absent[0]} is missing")
+        found = {split_of_name[name] for name in names}
+        if len(found) > 1:
+            raise UserError(f"SPLIT_CSV {path}: patient {patient} is in {' and '.join(sorted(found))}")
+        split_of[patient] = found.pop()
+    return split_of
+
+
+def read_case(case, size):
+    """(prior, current, diff) of a case folder, float32 [1, size, size].
+
+    prior and current are min-max normalised to [0, 1], then resized.  diff, in [-1, 1], is in units of the
+    normalised images and never rescaled: for images stored from exactly 0 to 1 nothing changes, and stored
+    units are kept.  Pictures that are not square are padded with zeros.
+    Raises BadFile when a file cannot be used, sizes differ, or diff leaves [-1, 1].
+    """
+    paths = member_paths(Path(case))
+    prior, current, diff = map(read_image, paths)
+    for path, image in zip(paths, (prior, current, diff), strict=True):
+        if image.shape != current.shape:
+            raise BadFile(f"{path}: {image.shape[0]}x{image.shape[1]} pixels, but the current image has "
+                          f"{current.shape[0]}x{current.shape[1]}")
+    if np.abs(diff).max() > 1 + 1e-4:
+        raise BadFile(f"{paths[2]}: values from {diff.min():g} to {diff.max():g}, not within [-1, 1]")
+    images = min_max(prior), min_max(current), diff.clip(-1, 1)
+    return tuple(torch.from_numpy(letterbox(image, size)[0])[None] for image in images)
+
+
+class LongitudinalMIMDataset(Dataset):
+    """Pairs with their difference map; the same item for the same (seed, epoch, index), wherever it is made.
+
+    Item: dict of
+        prior, current  float32 [1, size, size] in [0, 1]
+        diff            float32 [1, size, size] in [-1, 1], in the frame of current
+        mask            bool [2, size, size], True = hidden, of prior and current; only with ``mask``
+        case            str, the case folder
+        bad_files       str, messages of files skipped to make this item, joined by ";" (normally empty)
+    cases: folders as find_cases gives them.  augment: (prior, current, diff, generator) -> the same three;
+    None for validation.  mask: a masking.PatchMask, or None.
+    on_bad_file: "stop" raises BadFile; with "skip" the next readable case stands in.
+    Raises UserError when every case is unreadable.
+    """
+
+    def __init__(self, cases, size, augment=None, mask=None, seed=0, on_bad_file="stop"):
+        if not cases:
+            raise UserError("a dataset of no cases: check --data and the splits")
+        self.cases = [Path(case) for case in cases]
+        self.size, self.augment, self.mask, self.seed = size, augment, mask, seed
+        self.on_bad_file = check_on_bad_file(on_bad_file)
+        self.epoch, self.mask_probability = 0, 0.0
+
+    def set_epoch(self, epoch, mask_probability=0.0):
+        """Draw this epoch's augmentations and masks from now on; before the loader starts its workers."""
+        self.epoch, self.mask_probability = epoch, mask_probability
+
+    def __len__(self):
+        return len(self.cases)
+
+    def __getitem__(self, index):
+        index = range(len(self))[index]                                    # IndexError at the end
+        case, images, bad_files = self.read_from(index)
+        generator = item_generator(self.seed, self.epoch, index)
+        if self.augment is not None:
+            images = self.augment(*images, generator)
+        item = dict(zip(("prior", "current", "diff"), images, strict=True))
+        if self.mask is not None:
+            item["mask"] = self.mask(self.size, self.size, self.mask_probability, generator)
+        return {**item, "case": str(case), "bad_files": ";".join(bad_files)}
+
+    def read_from(self, index):
+        """(case, images, messages of cases skipped) of the first readable case from ``index`` on, cyclic."""
+        bad_files = []
+        for case in self.cases[index:] + self.cases[:index]:
+            try:
+                return case, read_case(case, self.size), bad_files
+            except BadFile as error:
+                if self.on_bad_file == "stop":
+                    raise
+                bad_files.append(str(error))
+        raise UserError(f"none of the {len(self)} cases can be read: {bad_files[0]}")
+
+
+def item_generator(seed, epoch, index):
+    """torch.Generator for one item: equal for equal arguments, unrelated for any others."""
+    state = np.random.SeedSequence([seed, epoch, index]).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(state[0] >> np.uint64(1)))

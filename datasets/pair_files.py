@@ -1,0 +1,194 @@
+"""Where pairs come from and go to: patients of a folder, and case folders written by several processes."""
+
+import csv
+import hashlib
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from datasets.io import image_files, write_nifti
+from utils.config import BadFile, UserError
+
+SETTINGS_FILE = "pairs.json"                         # in the output folder: what all its cases were made with
+UNFINISHED = ".making-"                              # prefix of a folder that is being written
+
+
+def find_sources(data, patients=None):
+    """Sorted (patient, path) of every image below the folder ``data``.
+
+    The patient is the first folder below ``data``, or for an image directly in it the file name up to the
+    first "_" or "-".  patients: a CSV with the columns path (relative to ``data``, or absolute) and patient
+    decides instead.  Raises UserError when there is no image, or one that the CSV does not name.
+    """
+    return name_patients(image_files(data), Path(data), patients)
+
+
+def find_volumes(data, patients=None):
+    """find_sources for CT volumes: NIfTI files, and folders that directly hold DICOM files."""
+    volumes = {path if path.name.endswith((".nii", ".nii.gz")) else path.parent for path in image_files(data)}
+    return name_patients(sorted(volumes), Path(data), patients)
+
+
+def name_patients(paths, data, patients):
+    """[(patient, path)] for paths below ``data``; see find_sources."""
+    if patients is None:
+        return [(patient_of(path, data), path) for path in paths]
+    listed = read_patients(patients, data)
+    unnamed = [path for path in paths if path.resolve() not in listed]
+    if unnamed:
+        raise UserError(f"{patients}: has no row for {unnamed[0].relative_to(data)} ({len(unnamed)} in all)")
+    return [(listed[path.resolve()], path) for path in paths]
+
+
+def patient_of(path, data):
+    """The patient of a file or folder below ``data``: the first folder, or the beginning of the name."""
+    parts = path.relative_to(data).parts
+    return parts[0] if len(parts) > 1 else re.split(r"[_-]", bare_name(path))[0] or bare_name(path)
+
+
+def read_patients(csv_path, data):
+    """{absolute path: patient} of a CSV with the columns path and patient.  Raises UserError without them."""
+    if not Path(csv_path).is_file():
+        raise UserError(f"{csv_path}: no such file")
+    with open(csv_path, newline="", encoding="utf-8-sig") as file:
+        rows = csv.DictReader(file)
+        if not {"path", "patient"} <= set(rows.fieldnames or []):
+            raise UserError(f"{csv_path}: needs the columns path and patient")
+        return {(data / row["path"]).resolve(): row["patient"] for row in rows}
+
+
+def bare_name(path):
+    """File name without .nii.gz or any other suffix; a folder's name as it is."""
+    return path.name if path.is_dir() else re.sub(r"(\.nii)?\.[A-Za-z]+$", "", path.name)
+
+
+def case_prefixes(sources):
+    """<patient>_<image> for each (patient, path): safe characters, one "_", all different."""
+    prefixes, taken = [], {}
+    for patient, path in sources:
+        patient = re.sub(r"[^A-Za-z0-9.+-]", "-", str(patient)).lstrip(".") or "unknown"
+        prefix = f"{patient}_{re.sub(r'[^A-Za-z0-9.+-]', '-', bare_name(path))}"
+        taken[prefix] = taken.get(prefix, 0) + 1
+        prefixes.append(prefix if taken[prefix] == 1 else f"{prefix}~{taken[prefix]}")
+    return prefixes
+
+
+def write_cases(sources, output, per_source, size, seed, workers, settings, prepare, make):
+    """Write ``per_source`` case folders for each (patient, path); returns dict(made, kept, bad: counts).
+
+    prepare(path, size, settings) is called once per source, make(prepared, rng, size, settings) once per case
+    and returns dict(prior, current, diff, params); both are functions of a module: other processes call them.
+    A case depends on (seed, its name) alone.  workers: processes; 0 makes all here.
+    A case is written beside and renamed, so an interrupted run leaves whole cases only; the next run keeps
+    them.  Sources that raise BadFile are listed in bad_files.csv.  Raises UserError when there is no source,
+    when none can be used, or when the folder's cases were made with other settings.
+    """
+    output = Path(output)
+    if not sources:
+        raise UserError(f"{output}: no image to make pairs from")
+    claim_folder(output, {"maker": f"{make.__module__}.{make.__name__}", "size": size, "seed": seed,
+                          "settings": settings})
+    jobs, kept = [], 0
+    for (_, path), prefix in zip(sources, case_prefixes(sources), strict=True):
+        names = [f"{prefix}_{number:03d}" for number in range(per_source)]
+        missing = [name for name in names if not (output / name).is_dir()]
+        kept += len(names) - len(missing)
+        if missing:
+            jobs.append((path, missing, output, size, seed, settings, prepare, make))
+    bad, made = [], 0
+    with tqdm(total=per_source * len(sources), initial=kept, unit="pair", desc=output.name) as bar:
+        for count, path, reason in run_jobs(jobs, workers):
+            made += count
+            bar.update(count)
+            if reason:
+                bad.append((str(path), reason))
+    list_bad_files(output, sorted(bad))
+    if made + kept == 0 and bad:
+        raise UserError(f"{output}: none of {len(bad)} files could be used; see bad_files.csv there")
+    return {"made": made, "kept": kept, "bad": len(bad)}
+
+
+def claim_folder(output, settings):
+    """Create the folder, or check that its cases have the same settings; remove what was left unfinished."""
+    settings = json.loads(json.dumps(settings))
+    file = output / SETTINGS_FILE
+    if file.is_file():
+        old, new = ({**s.pop("settings"), **s} for s in (json.loads(file.read_text()), settings.copy()))
+        other = [key for key in {**new, **old} if new.get(key) != old.get(key)]
+        if other:
+            raise UserError(f"{output}: its pairs were made with another {', '.join(other)}; "
+                            f"choose another --output or delete that folder")
+    elif output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"{output}: holds other things (no {SETTINGS_FILE} in it); choose another --output")
+    output.mkdir(parents=True, exist_ok=True)
+    temporary = output / f"{SETTINGS_FILE}.tmp"
+    temporary.write_text(json.dumps(settings, indent=2))
+    os.replace(temporary, file)
+    for folder in output.glob(f"{UNFINISHED}*"):
+        shutil.rmtree(folder)
+
+
+def run_jobs(jobs, workers):
+    """Yield the result of make_cases for each job, in any order."""
+    if workers == 0 or len(jobs) < 2:
+        yield from map(make_cases, jobs)
+        return
+    context = multiprocessing.get_context("forkserver")      # a plain fork may hang in torch's threads
+    context.set_forkserver_preload([__name__, jobs[0][-1].__module__])
+    with ProcessPoolExecutor(min(workers, len(jobs)), context, start_worker) as pool:
+        try:
+            for future in as_completed([pool.submit(make_cases, job) for job in jobs]):
+                yield future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)       # on Ctrl-C: end the running jobs, start no other
+
+
+def start_worker():
+    """One thread per process; Ctrl-C is the parent's to answer."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def make_cases(job):
+    """Make the missing cases of one source.  Returns (cases made, path, why the file is bad or None)."""
+    path, names, output, size, seed, settings, prepare, make = job
+    try:
+        prepared = prepare(path, size, settings)
+    except BadFile as error:
+        return 0, path, str(error)
+    for name in names:
+        key = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
+        pair = make(prepared, np.random.default_rng([seed, key]), size, settings)
+        pair["params"].update(source=str(path), seed=seed, case=name, size=size)
+        write_case(output, name, pair)
+    return len(names), path, None
+
+
+def write_case(output, name, pair):
+    """Write prior, current (steps of 1/255), diff_map (steps of 1/32767), params.json; all or nothing."""
+    temporary = output / f"{UNFINISHED}{name}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    for time in ("prior", "current"):
+        write_nifti(temporary / f"{time}.nii.gz", pair[time], dtype="uint8", scale=1 / 255)
+    write_nifti(temporary / "diff_map.nii.gz", pair["diff"], dtype="int16", scale=1 / 32767)
+    (temporary / "params.json").write_text(json.dumps(pair["params"], indent=1))
+    os.replace(temporary, output / name)
+
+
+def list_bad_files(output, bad):
+    """Write bad_files.csv with (path, reason), or remove an old one when there is none."""
+    file = output / "bad_files.csv"
+    file.unlink(missing_ok=True)
+    if bad:
+        with open(file, "w", newline="") as out:
+            csv.writer(out).writerows([("path", "reason"), *bad])

@@ -1,0 +1,200 @@
+"""Difference maps of pairs of chest X-rays: what is new, and what has resolved, since the prior image.
+
+    python infer_longitudinal.py --checkpoint runs/demo/longitudinal_mim_best.pt --output predictions/demo \\
+        --data data/demo/longitudinal/pairs --split test --baseline
+    python infer_longitudinal.py --checkpoint runs/real/longitudinal_mim_best.pt --output predictions/one \\
+        --prior 2021.dcm --current 2022.png --register --tta 8
+    torchrun --nproc_per_node=4 infer_longitudinal.py --checkpoint PATH --output DIR --data DIR
+
+--data holds case folders with prior and current (NIfTI, PNG, JPEG, TIFF or DICOM) and, where it is known,
+diff_map. Written to --output, in the frame and size of the current image: <case>_diff.nii.gz (positive is
+new, negative resolved), <case>_overlay.png, with --tta <case>_uncertainty.nii.gz, and changes.csv. Where the
+map is known also metrics.csv and a table. Cases that cannot be used are skipped and listed in bad_files.csv.
+"""
+
+import argparse
+import csv
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+import constants as C
+from datasets.io import image_files, letterbox, min_max, read_image, undo_letterbox, write_nifti
+from datasets.longitudinal import split_cases
+from datasets.pair_files import list_bad_files
+from longitudinal_MIM_training import KIND, build_model
+from utils.checkpoint import load_checkpoint
+from utils.config import BadFile, UserError, restore_constants, run_script
+from utils.device import autocast
+from utils.distributed import cleanup, is_main, load_model_state, rank, setup_distributed, world_size
+from utils.metrics import DESCRIPTIONS, ChangeMetrics, least_area, list_changes, table
+from utils.overlay import save_overlay
+from utils.registration import align_letterboxed, best_baseline
+from utils.tta import predict_tta
+
+PARTS = {"prior": "prior", "current": "current", "diff_map": "truth", "difference_map": "truth"}
+CHANGES = ("case", "component", "sign", "area_px", "area_fraction", "centroid_row", "centroid_column", "mean")
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--checkpoint", required=True, metavar="PATH", help="a longitudinal_mim_*.pt")
+    add("--output", required=True, metavar="DIR", help="folder for maps, pictures and tables")
+    add("--prior", metavar="FILE", help="earlier image of one pair")
+    add("--current", metavar="FILE", help="later image of one pair")
+    add("--data", metavar="DIR", help="folder of case folders")
+    add("--split", default="all", choices=["train", "val", "test", "all"], help="patients, as in training")
+    add("--register", action="store_true", help="align the prior to the current image; sizes may differ")
+    add("--tta", type=int, default=1, metavar="N", help="average over N views (default: %(default)s)")
+    add("--threshold", type=float, default=0.05, help="|difference| of a change (default: %(default)s)")
+    add("--min-area", type=int, metavar="PIXELS", help="smallest component, at IMG_SIZE (default: 0.1 %%)")
+    add("--batch-size", type=int, default=8, help="pairs at a time (default: %(default)s)")
+    add("--baseline", action="store_true", help="measure the best registered subtraction beside the model")
+    add("--device", help='such as "cpu" (default: a GPU where there is one)')
+    args = parser.parse_args()
+    if bool(args.data) == bool(args.prior or args.current) or bool(args.prior) != bool(args.current):
+        raise UserError("give either --data DIR, or --prior FILE and --current FILE")
+    if min(args.tta, args.batch_size, args.min_area or 1) < 1 or not 0 < args.threshold < 1:
+        raise UserError("--tta, --batch-size and --min-area must be at least 1, --threshold between 0 and 1")
+    return args
+
+
+def find_cases(args):
+    """[(name, {"prior" | "current" | "truth": [paths]})] of the one pair, or of a split of the folder."""
+    if not args.data:
+        return [(Path(args.current).name.split(".")[0], {"prior": [args.prior], "current": [args.current]})]
+    folders = {}
+    for path in image_files(args.data):
+        part = PARTS.get(path.name.split(".")[0])
+        if part and path.parent != Path(args.data):
+            folders.setdefault(path.parent, {}).setdefault(part, []).append(path)
+    if folders and args.split != "all":
+        splits = split_cases(list(folders), args.data, C.VAL_FRACTION, C.TEST_FRACTION, C.SPLIT_CSV or None)
+        folders = {folder: folders[folder] for folder in splits[args.split]}
+    if not folders:
+        raise UserError(f"{args.data}: no case folder with prior and current below it (--split {args.split})")
+    return [("__".join(path.relative_to(args.data).parts), folders[path]) for path in sorted(folders)]
+
+
+def load_case(name, files, align):
+    """dict(name; prior, current, truth or None: [S, S] for the network; box of the letterbox; seen: prior and
+    current in the current's shape; aligned: False where registration found nothing). Raises BadFile."""
+    for part, fewest in (("prior", 1), ("current", 1), ("truth", 0)):
+        if not fewest <= len(files.get(part, [])) <= 1:
+            raise BadFile(f"{name}: {len(files.get(part, []))} images for {part} where there must be one")
+    images = {part: read_image(paths[0]) for part, paths in files.items()}
+    shape = images["current"].shape
+    for part, image in images.items():
+        if image.shape != shape and not (align and part == "prior"):
+            raise BadFile(f"{files[part][0]}: {image.shape} pixels, but the current image has {shape}"
+                          + ("; use --register" if part == "prior" else ""))
+    seen = [min_max(images["prior"]), min_max(images["current"])]
+    (prior, prior_box), (current, box) = (letterbox(image, C.IMG_SIZE) for image in seen)
+    case = {"name": name, "prior": prior, "current": current, "box": box, "seen": seen, "aligned": True}
+    if align:
+        case["prior"], case["aligned"] = align_letterboxed(prior, prior_box, current, box)
+        seen[0] = undo_letterbox(case["prior"], box, shape)
+    return {**case, "truth": letterbox(images["truth"], C.IMG_SIZE)[0] if "truth" in images else None}
+
+
+def save_case(case, pred, deviation, output, args):
+    """Write the maps and the picture of one case; its rows of changes.csv. pred, deviation: arrays [S, S]."""
+    diff, truth, uncertainty = (
+        None if x is None else undo_letterbox(x, case["box"], case["seen"][1].shape)
+        for x in (pred, case["truth"], deviation if args.tta > 1 else None))
+    path = output / case["name"]
+    write_nifti(f"{path}_diff.nii.gz", diff)
+    if uncertainty is not None:
+        write_nifti(f"{path}_uncertainty.nii.gz", uncertainty)
+    save_overlay(f"{path}_overlay.png", *case["seen"], diff, truth, uncertainty, args.threshold)
+    enlarged = diff.size / (case["box"][2] * case["box"][3])
+    changes = list_changes(diff, args.threshold, least_area(pred.shape, args.min_area) * enlarged)
+    return [{"case": case["name"], **change} for change in changes]
+
+
+def run_cases(model, cases, device, output, metrics, args):
+    """Predict, save and measure this rank's cases; lists of what the tables need."""
+    results = {"done": [], "bad": [], "changes": [], "measured": [], "pairs": []}
+    for start in tqdm(range(0, len(cases), args.batch_size), "batches", disable=None if is_main() else True):
+        batch = []
+        for name, files in cases[start:start + args.batch_size]:
+            try:
+                batch.append(load_case(name, files, args.register))
+            except BadFile as error:
+                results["bad"].append((name, str(error)))
+        if not batch:
+            continue
+        images = [torch.stack([torch.from_numpy(case[key])[None] for case in batch]).to(device)
+                  for key in ("prior", "current")]                                          # [B, 1, S, S]
+        maps = (x.cpu().numpy()[:, 0] for x in predict_tta(model, *images, args.tta))
+        for case, pred, deviation in zip(batch, *maps, strict=True):
+            results["changes"] += save_case(case, pred, deviation, output, args)
+            results["done"].append((case["name"], case["aligned"]))
+            if case["truth"] is not None:
+                figures, = metrics.update(pred[None, None], case["truth"][None, None])
+                results["measured"].append({"case": case["name"], **figures})
+                if args.baseline:
+                    results["pairs"].append((case["prior"], case["current"], case["truth"]))
+    return results
+
+
+def write_csv(path, columns, rows):
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(sorted(rows, key=lambda row: row["case"]))
+
+
+def report(results, metrics, output, args):
+    """Write the tables of all ranks' results, and print the metrics and where things lie."""
+    list_bad_files(output, sorted(results["bad"]))
+    if not results["done"]:
+        raise UserError(f"{'none of the cases can be used; ' if args.data else ''}{min(results['bad'])[1]}")
+    write_csv(output / "changes.csv", CHANGES, results["changes"])
+    if results["measured"]:
+        write_csv(output / "metrics.csv", ("case", *DESCRIPTIONS), results["measured"])
+        rows = {"model": metrics.compute()}
+        if args.baseline:
+            best = best_baseline(results["pairs"], args.threshold, args.min_area)
+            rows["subtraction"] = best["metrics"]
+            print(f"subtraction: registered, histogram-matched, smoothed by {best['sigma']:.1f} px, |d| > "
+                  f"{best['threshold']}, both chosen for the highest Dice on these very cases")
+        print(f"{len(results['measured'])} cases with a known map, changed where |d| > {args.threshold}:")
+        print(table(rows))
+    for name in sorted(name for name, aligned in results["done"] if not aligned):
+        print(f"{name}: left as it was, no better alignment was found")
+    print(f"{len(results['done'])} cases, {len(results['changes'])} changes, {len(results['bad'])} bad cases "
+          f"skipped; tables in {output}, pictures {output}/*_overlay.png")
+
+
+def main():
+    args = parse_args()
+    device = setup_distributed()
+    device = torch.device(args.device or device)
+    checkpoint = load_checkpoint(args.checkpoint, KIND)
+    restore_constants(C, checkpoint["constants"])
+    model = build_model()
+    load_model_state(model, checkpoint.get("ema_state_dict") or checkpoint["model_state_dict"])
+    model = autocast(device, C.PRECISION)(model.to(device).eval())
+    cases = find_cases(args)
+    if args.baseline and not any("truth" in files for _, files in cases):
+        raise UserError("--baseline: no case has a diff_map to measure with; leave it out")
+    output = Path(args.output)
+    output.mkdir(parents=True, exist_ok=True)
+    metrics = ChangeMetrics(args.threshold, args.min_area)
+    results = run_cases(model, cases[rank()::world_size()], device, output, metrics, args)
+    metrics.reduce()
+    if world_size() > 1:
+        parts = [None] * world_size()
+        dist.all_gather_object(parts, results)
+        results = {key: sum((part[key] for part in parts), []) for key in results}
+    if is_main():
+        report(results, metrics, output, args)
+    cleanup()
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,386 @@
+"""Train a network that maps what changed between two chest X-rays (Longitudinal MIM).
+
+    python longitudinal_MIM_training.py -p demo -n demo                       # demo data, made on first use
+    python longitudinal_MIM_training.py -p xray_256 -n real --data data/pairs
+    python longitudinal_MIM_training.py -p xray_256 -n real --data data/pairs -c auto       # resume
+    torchrun --nproc_per_node=4 longitudinal_MIM_training.py -n big --data data/pairs --set STRATEGY=fsdp
+
+Data: case folders with prior, current and diff_map .nii.gz, as `prepare_data.py pairs` writes them.
+Every setting is a name in constants.py, sections 1 to 7.
+"""
+
+import math
+import signal
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from datasets.augment import XrayAugment
+from datasets.longitudinal import LongitudinalMIMDataset, find_cases, split_cases
+from models.patch_gan import PatchDiscriminator
+from models.pretrained import load_efficientnet_weights, load_vit_weights
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+import constants as C
+from datasets.masking import PatchMask
+from datasets.samplers import ShardedSampler, count_real
+from losses.gan import discriminator_loss, generator_loss
+from losses.image import change_weight, fourier_loss, l1_loss, l2_loss, masked_l1, soft_dice_loss, ssim_loss
+from losses.perceptual import VGGLoss
+from models.longitudinal_mim import LongitudinalMIMModelBig
+from prepare_data import make_longitudinal_demo
+from utils import distributed
+from utils.checkpoint import copy_checkpoint, load_backbone, prune_epochs, save_checkpoint
+from utils.config import (
+    apply_overrides,
+    apply_preset,
+    changed_constants,
+    hyperparameters,
+    run_script,
+    training_parser,
+    write_training_params,
+)
+from utils.device import autocast, to_device
+from utils.ema import EMA
+from utils.history import Trackers, batch_line, epoch_line, progress_bar, write_metrics_csv
+from utils.interrupts import Interrupts
+from utils.metrics import ChangeMetrics
+from utils.optim import build_optimizer, parameter_groups
+from utils.overlay import sample_sheet
+from utils.plotting import plot_detailed_curves, plot_loss_curves
+from utils.runs import check_finite, open_run, resume_position
+from utils.schedules import accumulation_group, build_scheduler, mask_probability
+
+KIND = "longitudinal_mim"
+
+
+def build_data(data, fast_dev_run):
+    """(training set, validation set, root folder); the demo pairs when ``data`` is None."""
+    if data is None:
+        if distributed.is_main():
+            make_longitudinal_demo()
+        distributed.barrier()
+        data = Path(C.DEMO_DIR) / "longitudinal" / "pairs"
+    splits = split_cases(find_cases(data, C.ON_BAD_FILE), data, C.VAL_FRACTION, C.TEST_FRACTION, C.SPLIT_CSV or None)
+    if fast_dev_run:
+        splits = {name: cases[:C.BATCH_SIZE * distributed.world_size()] for name, cases in splits.items()}
+    augment = XrayAugment(C.AUG_FLIP, C.AUG_ROTATION, C.AUG_SHIFT, C.AUG_SCALE,
+                          C.AUG_CLAHE, C.AUG_SHARPNESS, C.AUG_EXPOSURE, C.AUG_NOISE)
+    mask = PatchMask(C.MASK_PATCH_SIZE, C.MASK_MODE)
+    train_set = LongitudinalMIMDataset(splits["train"], C.IMG_SIZE, augment, mask, C.SEED, C.ON_BAD_FILE)
+    val_set = LongitudinalMIMDataset(splits["val"], C.IMG_SIZE, on_bad_file=C.ON_BAD_FILE)
+    return train_set, val_set, data
+
+
+def build_loader(dataset, shuffle):
+    """Loader of this rank's share.  Its own generator keeps it from drawing on the global random state."""
+    sampler = ShardedSampler(len(dataset), shuffle, C.SEED, distributed.rank(), distributed.world_size())
+    return DataLoader(dataset, C.BATCH_SIZE, sampler=sampler, num_workers=C.NUM_WORKERS,
+                      pin_memory=torch.cuda.is_available(), generator=torch.Generator())
+
+
+def build_model():
+    """The network that the constants describe, with pretrained parts where files are named."""
+    model = LongitudinalMIMModelBig(C.EFFICIENTNET, C.VIT, C.DECODER_CHANNELS, C.MASK_PATCH_SIZE,
+                                    C.ANTISYMMETRIC, C.DROPOUT, C.ACTIVATION_CHECKPOINTING)
+    return model.to(memory_format=torch.channels_last) if C.CHANNELS_LAST else model
+
+
+def load_pretrained(model, args):
+    """Start from other weights: those of the two encoders, or a whole network with --init."""
+    if C.EFFICIENTNET_WEIGHTS:
+        load_efficientnet_weights(model, C.EFFICIENTNET_WEIGHTS)
+    if C.VIT_WEIGHTS:
+        load_vit_weights(model, C.VIT_WEIGHTS)
+    if args.init:
+        matched, unmatched = load_backbone(model, args.init, args.remove_prefix)
+        if distributed.is_main():
+            print(f"--init {args.init}: {len(matched)} weights matched, {len(unmatched)} not {unmatched[:5]}")
+
+
+def build_optimizers(model, discriminator, steps_per_epoch, epochs):
+    """(optimizer, scheduler, discriminator's optimizer or None)."""
+    groups = parameter_groups(model, C.WEIGHT_DECAY, C.NO_DECAY_NORM_BIAS)
+    optimizer = build_optimizer(C.OPTIMIZER, groups, C.MAX_LR, C.WEIGHT_DECAY, C.ADAM_BETAS, C.MOMENTUM)
+    scheduler = build_scheduler(
+        optimizer, C.SCHEDULE, epochs * steps_per_epoch, steps_per_epoch,
+        pct_start=C.ONECYCLE_PCT_START, div_factor=C.ONECYCLE_DIV_FACTOR,
+        final_div_factor=C.ONECYCLE_FINAL_DIV_FACTOR,
+        warmup=C.WARMUP_STEPS, num_cycles=C.NUM_CYCLES, ipe_scale=C.IPE_SCALE,
+        start_lr=C.START_LR, final_lr=C.FINAL_LR,
+        step_size=C.STEP_SIZE, step_unit=C.STEP_UNIT, gamma=C.STEP_GAMMA,
+        t0=C.RESTART_T0, t0_unit=C.RESTART_T0_UNIT, t_mult=C.RESTART_T_MULT, eta_min=C.FINAL_LR)
+    if discriminator is None:
+        return optimizer, scheduler, None
+    groups = parameter_groups(discriminator, C.GAN_WEIGHT_DECAY, C.NO_DECAY_NORM_BIAS)
+    gan_optimizer = build_optimizer("adamw", groups, C.GAN_LR, C.GAN_WEIGHT_DECAY, C.GAN_BETAS)
+    return optimizer, scheduler, gan_optimizer
+
+
+def loss_terms(pred, batch, vgg):
+    """Weighted terms of the loss of pred [B, 1, H, W]: a dict of scalars, each the mean over the batch."""
+    diff = batch["diff"]
+    weight = change_weight(diff, C.CHANGE_WEIGHT, C.CHANGE_THRESHOLD) if C.USE_CHANGE_WEIGHT else None
+    terms = {}
+    if C.USE_L1:
+        terms["L1"] = C.LAMBDA_L1_ALL * l1_loss(pred, diff, weight)
+        if "mask" in batch:
+            hidden = batch["mask"].any(1, keepdim=True)                                        # [B, 1, H, W]
+            terms["L1_masked"] = C.LAMBDA_L1_MASKED * masked_l1(pred, diff, hidden)
+    if C.USE_L2:
+        terms["L2"] = C.LAMBDA_L2 * l2_loss(pred, diff, weight)
+    if C.USE_DICE:
+        terms["Dice"] = C.LAMBDA_DICE * soft_dice_loss(pred, diff, C.CHANGE_THRESHOLD, C.DICE_TEMPERATURE)
+    if C.USE_SSIM:
+        terms["SSIM"] = C.LAMBDA_SSIM * ssim_loss(pred, diff)
+    if C.USE_PERC_STYLE:
+        perceptual, style = vgg(pred, diff)
+        terms["Perceptual"], terms["Style"] = C.LAMBDA_P * perceptual, C.LAMBDA_S * style
+    if C.USE_FOURIER:
+        terms["Fourier"] = C.LAMBDA_FOURIER * fourier_loss(pred, diff)
+    return terms
+
+
+@torch.no_grad()
+def evaluate(model, loader, vgg, device, interrupts):
+    """Mean loss terms and change metrics over the validation set, and rows for the sample sheet.
+
+    None when the run was asked to stop meanwhile.  Repeats that make all ranks' shares equal do not count.
+    """
+    model.eval()
+    metrics, sums, count, rows = ChangeMetrics(C.CHANGE_THRESHOLD), {}, 0, []
+    for i, batch in enumerate(progress_bar(loader, "validation")):
+        if distributed.any_rank([interrupts.stop])[0]:
+            return None
+        batch = to_device(batch, device)
+        with autocast(device, C.PRECISION):
+            pred = model(batch["prior"], batch["current"]).float()                             # [B, 1, H, W]
+        real = count_real(i, loader.batch_size, len(loader.dataset), distributed.rank(),
+                          distributed.world_size())
+        kept = max(real, 1)                    # a rank without a case of its own still takes part in the sums
+        for name, term in loss_terms(pred[:kept], {"diff": batch["diff"][:kept]}, vgg).items():
+            sums[name] = sums.get(name, 0) + term * real
+        count += real
+        metrics.update(pred[:real], batch["diff"][:real])
+        rows += list(zip(batch["prior"], batch["current"], batch["diff"], pred, strict=True))[:real]
+        rows = rows[:C.SAMPLES_PER_EPOCH]
+    count = distributed.all_reduce_sum(torch.tensor(float(count), device=device)).item()
+    losses = {name: distributed.all_reduce_sum(value).item() / count for name, value in sums.items()}
+    metrics.reduce()
+    return {"loss": sum(losses.values()), **losses, **metrics.compute()}, rows
+
+
+def adversarial_term(discriminator, pred, batch):
+    """The generator's loss.  Its gradient passes the discriminator without staying there."""
+    judge = distributed.unwrap(discriminator).requires_grad_(False)
+    loss = generator_loss(judge(torch.cat([batch["prior"], batch["current"], pred.float()], 1)))
+    judge.requires_grad_(True)
+    return loss
+
+
+def discriminator_term(discriminator, pred, batch):
+    """The discriminator's loss on true and predicted maps, judged in one pass beside the images."""
+    images = torch.cat([batch["prior"], batch["current"]], 1)
+    maps = [batch["diff"], pred.float()]
+    pairs = torch.cat([torch.cat([images, each], 1) for each in maps])                         # [2B, 3, H, W]
+    return discriminator_loss(*discriminator(pairs).chunk(2))
+
+
+def main():
+    args = training_parser(__doc__).parse_args()
+    apply_preset(C, args.preset)
+    apply_overrides(C, args.set)
+    device = distributed.setup_distributed()
+    torch.manual_seed(C.SEED)
+    run_dir, checkpoint = open_run(C.RUNS_DIR, args.save_name, args.checkpoint, KIND)
+    interrupts = Interrupts(C.CHECKPOINT_MINUTES)
+
+    # Data
+    train_set, val_set, data = build_data(args.data, args.fast_dev_run)
+    train_loader, val_loader = build_loader(train_set, shuffle=True), build_loader(val_set, shuffle=False)
+    num_batches = len(train_loader)
+    steps_per_epoch = math.ceil(num_batches / C.UPDATE_EVERY_BATCHES)
+    epochs = 1 if args.fast_dev_run else C.LONGITUDINAL_MIM_EPOCHS
+
+    # Model, optimizers
+    model = build_model()
+    vgg = VGGLoss(C.VGG_WEIGHTS).to(device) if C.USE_PERC_STYLE else None
+    discriminator = PatchDiscriminator() if C.USE_GAN else None
+    if checkpoint is None:
+        load_pretrained(model, args)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    model = distributed.shard(model.to(device), C.STRATEGY)
+    if discriminator is not None:
+        discriminator = distributed.shard(discriminator.to(device), "ddp")     # small: never sharded
+    optimizer, scheduler, gan_optimizer = build_optimizers(model, discriminator, steps_per_epoch, epochs)
+    scaler = torch.amp.GradScaler(device.type, enabled=C.PRECISION == "fp16")
+    ema = EMA(model, C.EMA_DECAY, C.EMA_WARMUP) if C.USE_EMA else None
+
+    # Resume
+    first_epoch, first_batch, step, best, history, running = 1, 0, 0, math.inf, [], {}
+    bad_files = set()
+    torch.manual_seed(C.SEED + distributed.rank())                  # dropout differs between ranks
+    if checkpoint is not None:
+        distributed.load_model_state(model, checkpoint["model_state_dict"])
+        distributed.load_optimizer_state(model, optimizer, checkpoint["optimizer_state_dict"])
+        scheduler.load_state_dict(checkpoint["scheduler_state_dict"])
+        scaler.load_state_dict(checkpoint["scaler_state_dict"])
+        if ema is not None:
+            ema.load_state_dict(checkpoint["ema_state_dict"])
+        if discriminator is not None:
+            gan_state = checkpoint["gan_state_dict"]
+            distributed.load_model_state(discriminator, gan_state["model"])
+            distributed.load_optimizer_state(discriminator, gan_optimizer, gan_state["optimizer"])
+        step, best, history = checkpoint["step"], checkpoint["best"], checkpoint["history"]
+        first_epoch, first_batch = resume_position(checkpoint, num_batches, C.UPDATE_EVERY_BATCHES)
+        running = {name: value.to(device) for name, value in checkpoint["running"].items()}
+        distributed.restore_rng_state(checkpoint["rng_state"])
+        if distributed.is_main():
+            for change in changed_constants(C, checkpoint["constants"]):
+                print(f"Changed since the checkpoint: {change}")
+    if C.COMPILE:
+        model.compile()
+
+    trackers = None
+    if distributed.is_main():
+        trackers = Trackers(C.TRACKERS, run_dir, hyperparameters(C), step)
+        write_training_params(
+            run_dir, C, preset=args.preset, overrides=args.set, kind=KIND, data=str(data), train_cases=len(train_set), val_cases=len(val_set),
+            world_size=distributed.world_size(), device=str(device), parameters=parameters,
+            effective_batch=C.BATCH_SIZE * C.UPDATE_EVERY_BATCHES * distributed.world_size(),
+            steps_per_epoch=steps_per_epoch, total_steps=epochs * steps_per_epoch)
+
+    def save_last(epoch, batch_in_epoch, train_loss=None, val_loss=None):
+        """Write <kind>_last.pt.  All ranks gather the state, the main one writes it."""
+        entries = {
+            "kind": KIND, "epoch": epoch, "batch_in_epoch": batch_in_epoch, "num_batches": num_batches,
+            "step": step, "best": best,
+            "train_loss": train_loss, "val_loss": val_loss, "history": history, "running": running,
+            "model_state_dict": distributed.model_state(model),
+            "ema_state_dict": ema.state_dict() if ema is not None else None,
+            "optimizer_state_dict": distributed.optimizer_state(model, optimizer),
+            "scheduler_state_dict": scheduler.state_dict(), "scaler_state_dict": scaler.state_dict(),
+            "gan_state_dict": None if discriminator is None else {
+                "model": distributed.model_state(discriminator),
+                "optimizer": distributed.optimizer_state(discriminator, gan_optimizer)},
+            "rng_state": distributed.gather_rng_state(), "constants": hyperparameters(C)}
+        if distributed.is_main():
+            save_checkpoint(run_dir / f"{KIND}_last.pt", **entries)
+        interrupts.saved()
+
+    def stop(epoch, batch_in_epoch):
+        """Save, and end the process as SIGTERM would have."""
+        save_last(epoch, batch_in_epoch)
+        if distributed.is_main():
+            trackers.close()
+            print(f"Stopped at epoch {epoch}, batch {batch_in_epoch}/{num_batches}; resume with -c auto")
+        distributed.cleanup()
+        sys.exit(128 + signal.SIGTERM)
+
+    # Train
+    for epoch in range(first_epoch, epochs + 1):
+        started = time.monotonic()
+        if distributed.is_main():
+            print(f"Epoch {epoch}/{epochs}")
+        model.train()
+        train_set.set_epoch(epoch, mask_probability((epoch - 1) / epochs, C.MASK_PROB_LOW, C.MASK_PROB_HIGH))
+        train_loader.sampler.set_position(epoch, first_batch, C.BATCH_SIZE)
+        gan_on = discriminator is not None and epoch >= C.GAN_START_EPOCH
+        group_loss, group_cases = torch.zeros((), device=device), []
+        batches = progress_bar(train_loader, f"epoch {epoch}", first_batch)
+        for i, batch in enumerate(batches, start=first_batch):
+            size, is_last = accumulation_group(i, num_batches, C.UPDATE_EVERY_BATCHES)
+            batch = to_device(batch, device)
+
+            # Gradients travel between ranks only on the last micro-batch of a group.
+            with distributed.gradient_sync(model, is_last):
+                with autocast(device, C.PRECISION):
+                    pred = model(batch["prior"], batch["current"], batch["mask"])              # [B, 1, H, W]
+                terms = loss_terms(pred, batch, vgg)
+                if gan_on:
+                    terms["GAN"] = C.LAMBDA_GAN * adversarial_term(discriminator, pred, batch)
+                loss = sum(terms.values())
+                scaler.scale(loss / size).backward()
+            if gan_on:
+                with distributed.gradient_sync(discriminator, is_last):
+                    gan_loss = discriminator_term(discriminator, pred.detach(), batch)
+                    scaler.scale(gan_loss / size).backward()
+                terms["Discriminator"] = gan_loss
+            for name, term in {"loss": loss, **terms}.items():
+                running[name] = running.get(name, 0) + term.detach()
+            group_loss, group_cases = group_loss + loss.detach(), group_cases + batch["case"]
+            bad_files.update(filter(None, batch["bad_files"]))
+            if distributed.is_main() and (i + 1) % C.LOG_EVERY_BATCHES == 0:
+                means = {name: value.item() / (i + 1) for name, value in running.items()}
+                tqdm.write(batch_line(i + 1, num_batches, means))
+            if not is_last:
+                continue
+
+            scaler.unscale_(optimizer)                                  # clip true gradients, not scaled ones
+            if C.GRAD_CLIP_NORM:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), C.GRAD_CLIP_NORM)
+            check_finite(group_loss, terms, step + 1, group_cases)
+            scaler.step(optimizer)
+            if gan_on:
+                scaler.step(gan_optimizer)
+                gan_optimizer.zero_grad(set_to_none=True)
+            scaler.update()
+            scheduler.step()
+            optimizer.zero_grad(set_to_none=True)
+            distributed.sync_buffers_(model)
+            if ema is not None:
+                ema.update()
+            step += 1
+            group_loss, group_cases = torch.zeros((), device=device), []
+
+            stop_now, save_now = distributed.any_rank([interrupts.stop, interrupts.save])
+            if stop_now:
+                stop(epoch, i + 1)
+            if save_now:
+                save_last(epoch, i + 1)
+
+        # Validate with the averaged weights
+        with ema.applied() if ema is not None else nullcontext():
+            result = evaluate(model, val_loader, vgg, device, interrupts)
+        if result is None:
+            stop(epoch, num_batches)
+        values, rows = result
+        train_means = {name: distributed.all_reduce_mean(value / num_batches).item()
+                       for name, value in running.items()}
+
+        # Log and save
+        row = {"epoch": epoch, "step": step, "lr": optimizer.param_groups[0]["lr"],
+               **{f"train/{name}": value for name, value in train_means.items()},
+               **{f"val/{name}": value for name, value in values.items()}}
+        history.append(row)
+        is_best, best = row["val/loss"] < best, min(best, row["val/loss"])
+        running, first_batch = {}, 0
+        save_last(epoch, num_batches, row["train/loss"], row["val/loss"])
+        if distributed.is_main():
+            last, name = run_dir / f"{KIND}_last.pt", f"{KIND}_epoch_{epoch}.pt"
+            copy_checkpoint(last, run_dir / name)
+            if is_best or not (run_dir / f"{KIND}_best.pt").exists():
+                copy_checkpoint(last, run_dir / f"{KIND}_best.pt")
+            kept = prune_epochs(run_dir, KIND, history, C.KEEP_TOP_K, C.SAVE_EVERY_EPOCHS)
+            write_metrics_csv(run_dir / "metrics.csv", history)
+            plot_loss_curves(run_dir / "loss_curves.png", history)
+            plot_detailed_curves(run_dir / "detailed_loss_curves.png", history)
+            if rows:
+                sample_sheet(run_dir / "samples" / f"epoch_{epoch}.png", rows)
+            trackers.log(row, step)
+            print(f"{epoch_line(row)} ({time.monotonic() - started:.0f} s)")
+            print(f"Saved checkpoint: {name}" if run_dir / name in kept else f"Saved checkpoint: {last.name}")
+
+    if distributed.is_main():
+        trackers.close()
+        if bad_files:
+            print(f"Skipped {len(bad_files)} bad files: {', '.join(sorted(bad_files))}")
+        print(f"Done: {run_dir}")
+    distributed.cleanup()
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,195 @@
+"""Hard knocks: killed processes, damaged files, mistaken users."""
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+
+import nibabel
+import numpy as np
+import pytest
+import torch
+from conftest import SMALL, write_case
+from test_scripts import LAST, states_differ
+
+from utils.config import run_script
+
+
+def start(run_dir, pairs, *words):
+    """A training process of the small network that saves after each step."""
+    command = [sys.executable, "longitudinal_MIM_training.py", "-n", run_dir.name, "--data", pairs, *words,
+               "--set", *SMALL, f"RUNS_DIR={run_dir.parent}", "CHECKPOINT_MINUTES=0.0"]
+    return subprocess.Popen([str(word) for word in command], env={**os.environ, "OMP_NUM_THREADS": "1"},
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_save(path, process):
+    """Until the run has written its first checkpoint."""
+    while not path.exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def whole(pairs, tmp_path_factory):
+    """A run that nobody stopped."""
+    run = tmp_path_factory.mktemp("runs") / "whole"
+    process = start(run, pairs)
+    assert process.wait() == 0, process.stderr.read()
+    return run
+
+
+def test_a_run_killed_inside_an_epoch_and_resumed_ends_bitwise_equal(whole, pairs, tmp_path):
+    """SIGKILL leaves no chance to tidy up; weights, moments, averages, random state and history are the same."""
+    run = tmp_path / "killed"
+    process = start(run, pairs)
+    wait_for_save(run / LAST, process)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert torch.load(run / LAST, weights_only=True)["batch_in_epoch"] > 0
+    resumed = start(run, pairs, "-c", "auto")
+    assert resumed.wait() == 0, resumed.stderr.read()
+    assert states_differ(whole / LAST, run / LAST) == []
+
+
+def test_sigterm_saves_and_exits_and_the_resumed_run_ends_bitwise_equal(whole, pairs, tmp_path):
+    """What a cluster's scheduler sends before it takes the machine."""
+    run = tmp_path / "stopped"
+    process = start(run, pairs)
+    wait_for_save(run / LAST, process)
+    process.terminate()
+    assert process.wait() == 128 + signal.SIGTERM
+    assert "resume with -c auto" in process.stdout.read()
+    resumed = start(run, pairs, "-c", "auto")
+    assert resumed.wait() == 0, resumed.stderr.read()
+    assert states_differ(whole / LAST, run / LAST) == []
+
+
+def test_a_damaged_last_checkpoint_is_named_and_the_newest_sound_one_used(train, capsys):
+    """The run goes on from the best file instead of starting afresh."""
+    run = train("damaged", "LONGITUDINAL_MIM_EPOCHS=1")
+    (run / LAST).write_bytes((run / LAST).read_bytes()[:1000])
+    train("damaged", words=["-c", "auto"])
+    printed = capsys.readouterr().out
+    assert f"Damaged, passed over: {run / LAST}" in printed and f"{run}/longitudinal_mim_best.pt" in printed
+
+
+# Each writes one fault into a folder of pairs.
+
+def truncated(root):
+    path = root / "p00_a" / "current.nii.gz"
+    path.write_bytes(path.read_bytes()[:200])
+
+
+def volume(root):
+    nibabel.save(nibabel.Nifti1Image(np.zeros((64, 64, 5), np.float32), np.eye(4)), root / "p00_a" / "prior.nii.gz")
+
+
+def other_size(root):
+    nibabel.save(nibabel.Nifti1Image(np.zeros((64, 32), np.float32), np.eye(4)), root / "p00_a" / "prior.nii.gz")
+
+
+def not_a_number(root):
+    nibabel.save(nibabel.Nifti1Image(np.full((64, 64), np.nan, np.float32), np.eye(4)),
+                 root / "p00_a" / "prior.nii.gz")
+
+
+def missing(root):
+    (root / "p00_a" / "prior.nii.gz").unlink()
+
+
+def empty(root):
+    for path in root.rglob("*.nii.gz"):
+        path.unlink()
+
+
+@pytest.fixture
+def refused(script, capsys):
+    """Run a script that must end with exit code 2 and one line on stderr; returns the line."""
+    def call(name, *words):
+        with pytest.raises(SystemExit) as error:
+            run_script(lambda: script(name, *words))
+        assert error.value.code == 2
+        lines = capsys.readouterr().err.strip().splitlines()
+        lines = [line for line in lines if "%|" not in line]                       # progress bars
+        assert len(lines) == 1 and lines[0].startswith("error: "), lines
+        return lines[0]
+
+    return call
+
+
+@pytest.mark.parametrize("fault", [truncated, volume, other_size, not_a_number, missing, empty])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_bad_training_data_ends_in_one_line(fault, workers, refused, tmp_path):
+    """The file is named, whether it is read in the main process or in a data-loading one."""
+    root = tmp_path / "pairs"
+    for patient in range(6):
+        write_case(root / f"p{patient:02d}_a", seed=patient)
+    csv = tmp_path / "splits.csv"
+    csv.write_text("patient,split\n" + "".join(f"p{i:02d},{'train' if i < 4 else 'val'}\n" for i in range(6)))
+    fault(root)
+    line = refused("longitudinal_MIM_training", "-n", "a", "--data", root, "--set", *SMALL,
+                   f"RUNS_DIR={tmp_path}", f"NUM_WORKERS={workers}", f"SPLIT_CSV={csv}")
+    assert str(root) in line and (fault is empty or "p00_a" in line)
+
+
+def test_bad_cases_are_skipped_and_counted_when_asked(script, tmp_path, capsys):
+    """ON_BAD_FILE="skip" trains on the rest and says what it left out."""
+    for patient in range(6):
+        write_case(tmp_path / "pairs" / f"p{patient:02d}_a", seed=patient)
+    csv = tmp_path / "splits.csv"
+    csv.write_text("patient,split\n" + "".join(f"p{i:02d},{'train' if i < 4 else 'val'}\n" for i in range(6)))
+    truncated(tmp_path / "pairs")
+    script("longitudinal_MIM_training", "-n", "a", "--data", tmp_path / "pairs", "--set", *SMALL,
+           f"RUNS_DIR={tmp_path}", f"SPLIT_CSV={csv}", "ON_BAD_FILE=skip")
+    printed = capsys.readouterr().out
+    assert "Skipped 1 bad file" in printed and "p00_a/current.nii.gz" in printed
+
+
+class Payload:
+    """Unpickling this would write a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+@pytest.mark.parametrize("content", ["missing", "text", "cut", "pickle", "other kind", "tensor"])
+def test_a_wrong_checkpoint_is_refused_in_one_line(content, refused, pairs, tmp_path):
+    """Asked to resume, a script never starts afresh, and never runs what a file carries."""
+    path = tmp_path / "wrong.pt"
+    if content == "text":
+        path.write_text("hello")
+    elif content == "cut":
+        torch.save({"kind": "longitudinal_mim", "weights": torch.zeros(10_000)}, path)
+        path.write_bytes(path.read_bytes()[:5_000])
+    elif content == "pickle":
+        path.write_bytes(pickle.dumps(Payload(tmp_path / "executed")))
+    elif content == "other kind":
+        torch.save({"kind": "jepa", "format_version": 1, "model_state_dict": {}, "constants": {}}, path)
+    elif content == "tensor":
+        torch.save(torch.zeros(3), path)
+    for words in [["longitudinal_MIM_training", "-n", "a", "-c", path, "--data", pairs, "--set", *SMALL,
+                   f"RUNS_DIR={tmp_path}"],
+                  ["infer_longitudinal", "--checkpoint", path, "--data", pairs, "--output", tmp_path / "out"]]:
+        assert str(path) in refused(*words)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_checkpoint_of_another_network_is_refused(train, refused, pairs):
+    """Weights of another size are not loaded in part."""
+    run = train("one", "LONGITUDINAL_MIM_EPOCHS=1")
+    line = refused("longitudinal_MIM_training", "-n", "two", "-c", run / LAST, "--data", pairs,
+                   "--set", *SMALL, f"RUNS_DIR={run.parent}", "EFFICIENTNET=b1")
+    assert "another network" in line
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(refused, pairs, tmp_path):
+    """The step, the terms and the cases are named, and the weights on disk stay finite."""
+    line = refused("longitudinal_MIM_training", "-n", "a", "--data", pairs, "--set", *SMALL, f"RUNS_DIR={tmp_path}",
+                   "LAMBDA_L2=1e999")
+    assert "step 1" in line and "L2=" in line and "p0" in line

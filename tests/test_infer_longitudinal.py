@@ -1,0 +1,202 @@
+"""The inference script as a user runs it: files of every kind in, maps, pictures and tables out."""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import SMALL, write_case
+from PIL import Image
+from scipy import ndimage
+
+import constants as C
+from datasets.io import read_image, write_nifti
+from longitudinal_MIM_training import build_model
+from utils.checkpoint import save_checkpoint
+from utils.config import BadFile, UserError, apply_overrides, hyperparameters
+from utils.metrics import ChangeMetrics
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A checkpoint of a small untrained network whose averaged weights, not the last ones, answer loudly."""
+    before = hyperparameters(C)
+    apply_overrides(C, SMALL)
+    torch.manual_seed(0)
+    model = build_model().eval()
+    last = {name: torch.zeros_like(value) for name, value in model.state_dict().items()}
+    path = tmp_path_factory.mktemp("run") / "longitudinal_mim_best.pt"
+    save_checkpoint(path, kind="longitudinal_mim", model_state_dict=last, ema_state_dict=model.state_dict(),
+                    constants=hyperparameters(C))
+    vars(C).update(before)
+    return path
+
+
+@pytest.fixture
+def infer(script, checkpoint, tmp_path):
+    """Run the script into a fresh folder, which is returned."""
+    def call(*words, output="out"):
+        script("infer_longitudinal", "--checkpoint", checkpoint, "--output", tmp_path / output, *words)
+        return tmp_path / output
+
+    return call
+
+
+def rows_of(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def write_photo(path, shape=(70, 90), seed=0):
+    """A smooth grey PNG or JPEG."""
+    noise = ndimage.gaussian_filter(np.random.default_rng(seed).standard_normal(shape), 4)
+    Image.fromarray((255 * (noise - noise.min()) / np.ptp(noise)).astype(np.uint8)).save(path)
+    return path
+
+
+def test_a_folder_gives_maps_pictures_and_tables(infer, pairs, capsys):
+    """Every case leaves its map and picture; the tables say what the maps say, by the averaged weights."""
+    out = infer("--data", pairs, "--baseline", "--batch-size", 3, "--min-area", 4)
+    cases = sorted(path.name for path in pairs.iterdir())
+    assert {path.name for path in out.iterdir()} == {
+        "changes.csv", "metrics.csv", *(f"{case}_{end}" for case in cases for end in ("diff.nii.gz", "overlay.png"))}
+    maps = {case: read_image(out / f"{case}_diff.nii.gz") for case in cases}
+    assert all(image.shape == (64, 64) and np.abs(image).max() > 0 for image in maps.values())
+
+    metrics = ChangeMetrics(min_area=4)
+    for case in cases:
+        metrics.update(maps[case][None, None], read_image(pairs / case / "diff_map.nii.gz")[None, None])
+    figures = metrics.compute()
+    printed = capsys.readouterr().out
+    for name in ("dice", "mae_inside", "ssim"):
+        assert f"{figures[name]:.4f}" in next(line for line in printed.splitlines() if line.startswith(name + " "))
+    assert "subtraction" in printed
+    single = rows_of(out / "metrics.csv")
+    assert [row["case"] for row in single] == cases
+    assert np.mean([float(row["dice"]) for row in single]) == pytest.approx(figures["dice"], abs=1e-6)
+
+    for row in rows_of(out / "changes.csv"):
+        changed = maps[row["case"]] * (1 if row["sign"] == "new" else -1) > 0.05
+        assert 4 <= int(row["area_px"]) <= changed.sum()
+        assert float(row["area_fraction"]) == pytest.approx(int(row["area_px"]) / 64 ** 2)
+        assert abs(float(row["mean"])) > 0.05 and (float(row["mean"]) > 0) == (row["sign"] == "new")
+
+
+def test_changes_are_the_components_of_the_written_map(infer, tmp_path, pairs):
+    """Area, centroid and mean agree with scipy's, at the size of the current image."""
+    case = next(pairs.iterdir())
+    out = infer("--prior", case / "prior.nii.gz", "--current", case / "current.nii.gz", "--threshold", 0.02,
+                "--min-area", 1)
+    diff = read_image(out / "current_diff.nii.gz")
+    expected = []
+    for sign, changed in (("new", diff > 0.02), ("resolved", diff < -0.02)):
+        labels, count = ndimage.label(changed, np.ones((3, 3)))
+        for label in range(1, count + 1):
+            row, column = ndimage.center_of_mass(labels == label)
+            expected.append((sign, (labels == label).sum(), row, column, diff[labels == label].mean()))
+    found = [(row["sign"], int(row["area_px"]), float(row["centroid_row"]), float(row["centroid_column"]),
+              float(row["mean"])) for row in rows_of(out / "changes.csv")]
+    assert len(found) == len(expected) > 0
+    for one, other in zip(sorted(found), sorted(expected), strict=True):
+        assert one[0] == other[0] and one[1:] == pytest.approx(other[1:], rel=1e-4)
+
+
+def test_the_split_is_that_of_training(infer, pairs):
+    """Held-out figures would be worth nothing if inference drew the patients anew."""
+    from datasets.longitudinal import find_cases, split_cases
+    expected = split_cases(find_cases(pairs), pairs, C.VAL_FRACTION, C.TEST_FRACTION)["test"]
+    out = infer("--data", pairs, "--split", "test")
+    assert [row["case"] for row in rows_of(out / "metrics.csv")] == [case.name for case in expected]
+
+
+def test_pairs_of_other_formats_and_sizes_need_register(infer, tmp_path):
+    """Real X-rays differ in size. The map is in the current image's own size, oblong as it is."""
+    prior, current = write_photo(tmp_path / "a.jpg", (70, 90)), write_photo(tmp_path / "b.png", (100, 60))
+    with pytest.raises(UserError, match="a.jpg.*--register"):
+        infer("--prior", prior, "--current", current)
+    out = infer("--prior", prior, "--current", current, "--register", "--tta", 3)
+    assert {path.name for path in out.iterdir()} == {
+        "b_diff.nii.gz", "b_uncertainty.nii.gz", "b_overlay.png", "changes.csv"}
+    assert read_image(out / "b_diff.nii.gz").shape == read_image(out / "b_uncertainty.nii.gz").shape == (100, 60)
+    assert read_image(out / "b_uncertainty.nii.gz").min() >= 0
+
+
+def test_register_aligns_the_prior(infer, tmp_path):
+    """Of an image and the same image moved, the picture shows the two in one pose."""
+    still = write_photo(tmp_path / "still.png", (96, 96))
+    moved = ndimage.shift(read_image(still), (6, -5), mode="nearest")
+    Image.fromarray(moved.round().astype(np.uint8)).save(tmp_path / "moved.png")
+    error = {}
+    for words in ((), ("--register",)):
+        out = infer("--prior", tmp_path / "moved.png", "--current", still, *words, output="-".join(words) or "raw")
+        picture = np.asarray(Image.open(out / "still_overlay.png"), np.float32)[22:, :, 0]
+        error[words] = np.abs(picture[:, :320] - picture[:, 324:644])[40:-40, 40:-40].mean()
+    assert error["--register",] < 0.4 * error[()]
+
+
+def test_bad_cases_of_a_folder_are_skipped_listed_and_counted(infer, tmp_path, capsys):
+    """One damaged file among many must not end the work, nor go unnoticed."""
+    data = tmp_path / "data"
+    for name in ("p1_a", "p2_a", "p3_a", "p4_a"):
+        write_case(data / name, seed=1)
+    whole = (data / "p1_a" / "prior.nii.gz").read_bytes()
+    (data / "p1_a" / "prior.nii.gz").write_bytes(whole[:len(whole) // 2])
+    (data / "p2_a" / "current.nii.gz").unlink()
+    write_nifti(data / "p3_a" / "prior.nii.gz", np.eye(40))
+    out = infer("--data", data)
+    bad = dict(csv.reader(open(out / "bad_files.csv")))
+    assert set(bad) == {"path", "p1_a", "p2_a", "p3_a"}
+    assert "--register" in bad["p3_a"] and "current" in bad["p2_a"]
+    assert "1 cases" in (printed := capsys.readouterr().out) and "3 bad cases skipped" in printed
+    assert [row["case"] for row in rows_of(out / "metrics.csv")] == ["p4_a"]
+
+
+def test_cases_without_a_known_map_are_predicted_and_not_measured(infer, tmp_path):
+    """Real pairs have no difference map; nested folders keep the patient in the name."""
+    folder = tmp_path / "data" / "p1" / "visit"
+    folder.mkdir(parents=True)
+    write_photo(folder / "prior.png", seed=1)
+    write_photo(folder / "current.png", seed=2)
+    out = infer("--data", tmp_path / "data")
+    assert {path.name for path in out.iterdir()} == {
+        "p1__visit_diff.nii.gz", "p1__visit_overlay.png", "changes.csv"}
+    with pytest.raises(UserError, match="--baseline"):
+        infer("--data", tmp_path / "data", "--baseline")
+
+
+def test_mistakes_end_in_one_message(infer, tmp_path, pairs):
+    """Each names what is wrong: a missing file, an empty folder, words that do not go together."""
+    one = write_photo(tmp_path / "one.png")
+    with pytest.raises(UserError, match="absent.png"):
+        infer("--prior", tmp_path / "absent.png", "--current", one)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="empty"):
+        infer("--data", tmp_path / "empty")
+    for words in (["--prior", one], [], ["--data", pairs, "--prior", one, "--current", one]):
+        with pytest.raises(UserError, match="either --data"):
+            infer(*words)
+    with pytest.raises(UserError, match="--tta"):
+        infer("--data", pairs, "--tta", 0)
+    with pytest.raises(BadFile, match="absent.pt"):
+        infer("--data", pairs, "--checkpoint", tmp_path / "absent.pt")
+
+
+def test_ranks_share_the_cases_and_merge_their_tables(infer, checkpoint, pairs, tmp_path):
+    """Two processes under torchrun write what one writes."""
+    one = infer("--data", pairs, "--tta", 2)
+    words = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0",
+             "infer_longitudinal.py", "--checkpoint", checkpoint, "--data", pairs, "--output", tmp_path / "two",
+             "--tta", 2]
+    run = subprocess.run([*map(str, words)], capture_output=True, text=True, cwd=Path(C.__file__).parent,
+                         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("16 cases with a known map") == 1
+    assert {path.name for path in one.iterdir()} == {path.name for path in (tmp_path / "two").iterdir()}
+    for name, key in (("metrics.csv", "dice"), ("changes.csv", "mean")):
+        first, second = rows_of(one / name), rows_of(tmp_path / "two" / name)
+        assert [row["case"] for row in first] == [row["case"] for row in second]
+        assert [float(row[key]) for row in first] == pytest.approx([float(row[key]) for row in second], abs=1e-4)

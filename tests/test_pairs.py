@@ -1,0 +1,292 @@
+"""Pairs from single X-rays: what is in the target, what is not, and folders that survive an interruption."""
+
+import csv
+import json
+import os
+
+import nibabel as nib
+import numpy as np
+import pytest
+from scipy import ndimage
+
+from datasets import pair_files, pairs
+from datasets.io import read_image, write_nifti
+from datasets.nuisance import draw_pose, pose_grid, warp
+from datasets.pair_files import case_prefixes, find_sources, find_volumes
+from datasets.pairs import (
+    FINDING_PROBABILITIES,
+    clean_map,
+    make_pair,
+    prepare_file,
+    prepare_image,
+    write_pairs,
+)
+from tests.test_lungs import draw_chest
+from utils.config import BadFile, UserError
+
+SIZE = 96
+STILL = {"rotation": 0.0, "shift": 0.0, "scale": 0.0, "breath": 0.0, "bend": 0.0}
+PLAIN = {"exposure": 0.0, "local_contrast": 0.0, "noise": 0.0, "blur": 0.0, "devices": 0.0}
+
+
+@pytest.fixture(scope="module")
+def prepared():
+    return prepare_image(draw_chest()[0], SIZE)
+
+
+def pair_of(prepared, seed, **settings):
+    return make_pair(None, np.random.default_rng(seed), SIZE, prepared=prepared, **settings)
+
+
+def test_nuisance_alone_gives_a_target_of_exact_zeros(prepared):
+    """Pose, breath, exposure, noise and devices are no change of health, however strong."""
+    for seed in range(6):
+        pair = pair_of(prepared, seed, unchanged=1.0, devices=1.0, rotation=15.0, exposure=0.6)
+        assert not pair["diff"].any() and not pair["params"]["changed"]
+        assert np.abs(pair["current"] - pair["prior"]).mean() > 0.02
+
+
+def test_without_nuisance_the_target_is_the_difference_of_the_images(prepared):
+    """Current minus prior in units of the image: sign and size of the target are those of the images."""
+    for seed in range(8):
+        pair = pair_of(prepared, seed, unchanged=0.0, **STILL, **PLAIN)
+        seen = pair["current"] - pair["prior"]
+        changed = np.abs(pair["diff"]) > 0.05
+        if changed.sum() < 20:
+            continue
+        assert np.corrcoef(seen[changed], pair["diff"][changed])[0, 1] > 0.9
+        assert np.abs(seen[pair["diff"] == 0]).mean() < 0.03
+
+
+@pytest.mark.parametrize("kind", FINDING_PROBABILITIES)
+def test_the_record_tells_direction_and_sign(prepared, kind):
+    """New opacities are positive, resolved ones negative; a pneumothorax is the other way round."""
+    seen = set()
+    for seed in range(16):
+        pair = pair_of(prepared, seed, unchanged=0.0, findings={kind: 1.0})
+        (finding,) = pair["params"]["findings"]
+        direction, total = finding["direction"], pair["diff"].sum()
+        assert finding["kind"] == kind and direction != "unchanged"
+        if not finding["area"]:
+            continue
+        more = direction in ("new", "grown")
+        assert (total > 0) == (more != (kind == "pneumothorax"))
+        seen.add(more)
+    assert seen == {True, False}
+
+
+def test_a_pose_moves_the_picture_as_its_numbers_say(prepared):
+    """Shift is down and right, in parts of the longer side; every image is magnified by 3 % beside that."""
+    base, lungs, _ = prepared
+    rng = np.random.default_rng(0)
+    spot = np.zeros_like(base)
+    spot[40:50, 30:40] = 1
+    pose = {**draw_pose(rng, 0, 0, 0, 0), "shift": [0.1, -0.05]}
+    moved = warp(spot, pose_grid(base.shape, lungs, pose, 0.0))
+    middle = (np.array(base.shape) - 1) / 2
+    before, after = (np.array(ndimage.center_of_mass(image)) for image in (spot, moved))
+    moved_by = [0.1 * SIZE, -0.05 * SIZE]
+    np.testing.assert_allclose(after, middle + 1.03 * (before - middle) + moved_by, atol=0.5)
+
+
+def test_breath_moves_the_diaphragm_and_spares_the_apex(prepared):
+    """Inspiration lowers the base of the lungs; the ribs above hardly move."""
+    base, lungs, _ = prepared
+    pose = {"rotation": 0.0, "shift": [0.0, 0.0], "scale": 1.0, "breath": 0.06, "bend": 0}
+    still = {**pose, "breath": 0.0}
+    grids = [pose_grid(base.shape, lungs, p, 0.0)[0, :, base.shape[1] // 2, 1] for p in (still, pose)]
+    down = (grids[0] - grids[1]).numpy() * base.shape[0] / 2          # pixels that content moves down
+    rows = np.flatnonzero(lungs.any((0, 2)))
+    assert abs(down[rows[0]]) < 0.5
+    assert down[rows[-1]] == pytest.approx(0.06 * SIZE, rel=0.25)
+
+
+def test_images_and_target_keep_their_ranges(prepared):
+    """float32; images exactly in [0, 1] and using it; a changed pair has a target, JSON takes the record."""
+    for seed in range(6):
+        pair = pair_of(prepared, seed, unchanged=0.0)
+        for name in ("prior", "current", "diff"):
+            assert pair[name].shape == (SIZE, SIZE) and pair[name].dtype == np.float32
+        for name in ("prior", "current"):
+            assert pair[name].min() == 0 and pair[name].max() == 1
+        assert np.abs(pair["diff"]).max() <= 1
+        json.dumps(pair["params"])
+
+
+def test_no_change_lies_far_from_the_lungs(prepared):
+    """Where nothing is drawn, the target must be zero: the outer border and the neck."""
+    for seed in range(8):
+        diff = pair_of(prepared, seed, unchanged=0.0, **STILL)["diff"]
+        assert not diff[:6].any() and not diff[:, :3].any() and not diff[:, -3:].any()
+
+
+def test_faint_and_small_changes_are_zeroed():
+    """Below 0.015, or no larger than 50 pixels of a 512-pixel image, a change is not a target."""
+    diff = np.zeros((512, 512), np.float32)
+    diff[10:20, 10:15] = 0.5                         # 50 pixels
+    diff[50:60, 50:56] = -0.5                        # 60 pixels
+    diff[100:200, 100:200] = 0.014
+    cleaned = clean_map(diff)
+    assert np.count_nonzero(cleaned) == 60 and cleaned.min() == -0.5
+
+
+def test_the_same_generator_gives_the_same_pair(prepared):
+    """No global random state takes part."""
+    first, second, other = (pair_of(prepared, seed) for seed in (5, 5, 6))
+    assert all(np.array_equal(first[name], second[name]) for name in ("prior", "current", "diff"))
+    assert first["params"] == second["params"]
+    assert not np.array_equal(first["current"], other["current"])
+
+
+@pytest.fixture
+def xrays(tmp_path):
+    """Three images of two patients, one of them broken, one constant."""
+    data = tmp_path / "xrays"
+    for number, name in enumerate(("a/one.nii.gz", "a/two.nii.gz", "b_1/one.nii.gz")):
+        (data / name).parent.mkdir(parents=True, exist_ok=True)
+        write_nifti(data / name, draw_chest((120, 140), number)[0])
+    (data / "b_1/broken.png").write_bytes(b"no picture")
+    write_nifti(data / "b_1/flat.nii.gz", np.ones((80, 80), np.float32))
+    return data
+
+
+def contents(folder):
+    """{relative path: bytes} of every file."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_the_number_of_processes_does_not_matter(xrays, tmp_path):
+    """A case depends on the seed and its name alone."""
+    results = []
+    for workers in (0, 2):
+        counts = write_pairs(find_sources(xrays), tmp_path / f"w{workers}", 2, SIZE, 1, workers, {})
+        assert counts == {"made": 6, "kept": 0, "bad": 2}
+        results.append(contents(tmp_path / f"w{workers}"))
+    assert results[0] == results[1]
+
+
+def test_cases_are_what_the_data_set_expects(xrays, tmp_path):
+    """<patient>_<image>_<number> with three small files that read back as made, and bad files listed."""
+    output = tmp_path / "pairs"
+    write_pairs(find_sources(xrays), output, 2, SIZE, 0, 0, {"unchanged": 0.0})
+    cases = sorted(path.name for path in output.iterdir() if path.is_dir())
+    assert cases == [f"{image}_{n:03d}" for image in ("a_one", "a_two", "b-1_one") for n in range(2)]
+    for case in cases:
+        params = json.loads((output / case / "params.json").read_text())
+        assert params["case"] == case and params["seed"] == 0
+        assert params["lungs"]["right"] in ("contrast", "template")
+        for name in ("prior", "current", "diff_map"):
+            file = output / case / f"{name}.nii.gz"
+            assert read_image(file).shape == (SIZE, SIZE)
+            assert nib.load(file).get_data_dtype() == (np.int16 if name == "diff_map" else np.uint8)
+    rows = list(csv.DictReader((output / "bad_files.csv").open()))
+    assert [os.path.basename(row["path"]) for row in rows] == ["broken.png", "flat.nii.gz"]
+
+
+def test_an_interrupted_run_leaves_whole_cases_and_is_completed(xrays, tmp_path, monkeypatch):
+    """Ctrl-C in the middle of a case: the next run ends with the very files of a run never stopped."""
+    sources = find_sources(xrays)
+    write_pairs(sources, tmp_path / "whole", 2, SIZE, 0, 0, {})
+    real, calls = pair_files.write_nifti, []
+
+    def interrupted(path, *args, **options):
+        calls.append(path)
+        if len(calls) == 8:                          # the second file of the third case
+            raise KeyboardInterrupt
+        real(path, *args, **options)
+
+    monkeypatch.setattr(pair_files, "write_nifti", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_pairs(sources, tmp_path / "broken", 2, SIZE, 0, 0, {})
+    monkeypatch.undo()
+    finished = [path for path in (tmp_path / "broken").iterdir() if path.is_dir() and path.name[0] != "."]
+    assert len(finished) == 2 and all(len(list(path.iterdir())) == 4 for path in finished)
+    counts = write_pairs(sources, tmp_path / "broken", 2, SIZE, 0, 0, {})
+    assert counts == {"made": 4, "kept": 2, "bad": 2}
+    assert contents(tmp_path / "broken") == contents(tmp_path / "whole")
+
+
+def test_more_pairs_extend_a_folder_and_other_settings_do_not_mix(xrays, tmp_path):
+    """Old cases stay as they are; one folder never holds cases of two recipes, nor other people's files."""
+    sources, output = find_sources(xrays), tmp_path / "pairs"
+    write_pairs(sources, output, 1, SIZE, 0, 0, {})
+    before = contents(output)
+    assert write_pairs(sources, output, 2, SIZE, 0, 0, {})["kept"] == 3
+    assert before.items() <= contents(output).items()
+    with pytest.raises(UserError, match="another unchanged"):
+        write_pairs(sources, output, 2, SIZE, 0, 0, {"unchanged": 0.5})
+    with pytest.raises(UserError, match="another seed"):
+        write_pairs(sources, output, 2, SIZE, 1, 0, {})
+    with pytest.raises(UserError, match="holds other things"):
+        write_pairs(sources, xrays, 2, SIZE, 0, 0, {})
+
+
+def test_nothing_usable_is_an_error(xrays, tmp_path):
+    """An empty folder, or one with broken images only, must not end as an empty data set."""
+    with pytest.raises(UserError):
+        find_sources(tmp_path / "nowhere")
+    broken = [("b", xrays / "b_1/broken.png")]
+    with pytest.raises(UserError, match="none of 1 files"):
+        write_pairs(broken, tmp_path / "none", 1, SIZE, 0, 0, {})
+    with pytest.raises(UserError, match="no image"):
+        write_pairs([], tmp_path / "empty", 1, SIZE, 0, 0, {})
+
+
+def test_the_patient_comes_from_the_folder_the_name_or_a_table(xrays, tmp_path):
+    """A split by patient is only as good as this name."""
+    assert [patient for patient, _ in find_sources(xrays)] == ["a", "a", "b_1", "b_1", "b_1"]
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for name in ("p7_first.png", "p7-second.png", "p8.v2.png", "_x.png"):
+        (flat / name).write_bytes(b"x")
+    assert [patient for patient, _ in find_sources(flat)] == ["_x", "p7", "p7", "p8.v2"]
+    table = tmp_path / "patients.csv"
+    table.write_text("path,patient\np7_first.png,A\np7-second.png,B\np8.v2.png,A\n_x.png,C\n")
+    assert dict(find_sources(flat, table)) == {"C": flat / "_x.png", "B": flat / "p7-second.png",
+                                               "A": flat / "p8.v2.png"}
+    table.write_text("path,patient\np7_first.png,A\n")
+    with pytest.raises(UserError, match="no row for"):
+        find_sources(flat, table)
+    table.write_text("file;patient\n")
+    with pytest.raises(UserError, match="columns path and patient"):
+        find_sources(flat, table)
+
+
+def test_volumes_are_files_and_folders_of_slices(tmp_path):
+    """A DICOM series is one source, whatever its number of files."""
+    for name in ("p1/ct.nii.gz", "p2/series/1.dcm", "p2/series/2.dcm"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    assert find_volumes(tmp_path) == [("p1", tmp_path / "p1/ct.nii.gz"), ("p2", tmp_path / "p2/series")]
+
+
+def test_case_names_are_safe_and_never_equal(tmp_path):
+    """The text before the first "_" is the patient everywhere else."""
+    prefixes = case_prefixes([("a_b c", tmp_path / "x/1_2.png"), ("a_b c", tmp_path / "y/1_2.jpg"),
+                              ("../up", tmp_path / "é.png")])
+    assert prefixes == ["a-b-c_1-2", "a-b-c_1-2~2", "-up_-"]
+    assert all(prefix.count("_") == 1 and "/" not in prefix for prefix in prefixes)
+
+
+def test_tiny_images_are_bad_files(tmp_path):
+    """A thumbnail cannot be a chest X-ray, and the message says so."""
+    write_nifti(tmp_path / "tiny.nii.gz", np.eye(20, dtype=np.float32))
+    with pytest.raises(BadFile, match="too small"):
+        prepare_file(tmp_path / "tiny.nii.gz", SIZE, {})
+
+
+def test_the_pose_of_the_prior_is_not_in_the_target(prepared, monkeypatch):
+    """Pairs that differ in the pose of the prior alone have the same target and the same current image."""
+    poses = {}
+    for name, rotation in (("upright", 0.0), ("tilted", 12.0)):
+        calls = []
+
+        def tilt_the_first(*args, rotation=rotation, calls=calls):
+            calls.append(draw_pose(*args))
+            return {**calls[-1], "rotation": rotation} if len(calls) == 1 else calls[-1]
+
+        monkeypatch.setattr(pairs, "draw_pose", tilt_the_first)
+        poses[name] = pair_of(prepared, 3, unchanged=0.0)
+    assert np.array_equal(poses["upright"]["diff"], poses["tilted"]["diff"]) and poses["tilted"]["diff"].any()
+    assert np.array_equal(poses["upright"]["current"], poses["tilted"]["current"])
+    assert not np.array_equal(poses["upright"]["prior"], poses["tilted"]["prior"])

@@ -1,0 +1,119 @@
+"""prepare_data.py as a user runs it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+import constants as C
+import prepare_data
+from datasets.io import write_nifti
+from tests.test_lungs import draw_chest
+from utils.config import UserError, hyperparameters
+
+ROOT = Path(prepare_data.__file__).parent
+
+
+@pytest.fixture
+def xrays(tmp_path):
+    """A folder with one X-ray of each of two patients."""
+    (tmp_path / "xrays").mkdir()
+    for seed in range(2):
+        write_nifti(tmp_path / "xrays" / f"p{seed}_visit.nii.gz", draw_chest((120, 140), seed)[0])
+    return tmp_path / "xrays"
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """Call the script with words of a command line; constants are restored afterwards."""
+    for name, value in hyperparameters(C).items():
+        monkeypatch.setattr(C, name, value)
+
+    def call(*words):
+        monkeypatch.setattr(sys, "argv", ["prepare_data.py", *map(str, words)])
+        prepare_data.main()
+    return call
+
+
+def cases(folder):
+    return sorted(path for path in folder.iterdir() if path.is_dir())
+
+
+def test_pairs_makes_cases_and_says_how_many(run, xrays, tmp_path, capsys):
+    """The last line names the folder; the second run keeps everything."""
+    words = ("pairs", "--data", xrays, "--output", tmp_path / "out", "--per-image", 2, "--size", 96,
+             "--workers", 0)
+    run(*words)
+    assert capsys.readouterr().out.splitlines() == [
+        "4 pairs made and 0 kept; 2 images of 2 patients", f"Pairs: {tmp_path / 'out'}"]
+    run(*words)
+    assert "0 pairs made and 4 kept" in capsys.readouterr().out
+    assert [case.name for case in cases(tmp_path / "out")] == [
+        f"p{seed}_p{seed}-visit_{number:03d}" for seed in range(2) for number in range(2)]
+
+
+@pytest.mark.parametrize("change, is_so", [
+    ((), lambda p: any(f["kind"] != "nodules" for f in p["findings"])),
+    (("--findings", "nodules"), lambda p: all(f["kind"] == "nodules" for f in p["findings"])),
+    (("--findings", "effusion=1", "nodules=0"), lambda p: [f["kind"] for f in p["findings"]] == ["effusion"]),
+    (("--set", "PAIR_UNCHANGED=1.0"), lambda p: not p["changed"]),
+    (("--set", "PAIR_UNCHANGED=0.0"), lambda p: p["changed"]),
+    (("--set", "PAIR_DEVICES=1.0"), lambda p: all(p["devices"].values())),
+    (("--set", "PAIR_DEVICES=0.0"), lambda p: not any(p["devices"].values())),
+    (("--set", "PAIR_ROTATION=0.0", "PAIR_SHIFT=0.0", "PAIR_SCALE=0.0", "PAIR_BREATH=0.0"),
+     lambda p: list(p["pose"]["prior"].values())[:4] == [0, [0, 0], 1, 0]),
+    (("--set", "PAIR_EXPOSURE=0.0", "PAIR_LOCAL_CONTRAST=0.0", "PAIR_NOISE=0.0", "PAIR_BLUR=0.0"),
+     lambda p: p["appearance"]["current"] == {"gamma": 1, "detail": 0, "noise": 0, "blur": 0}),
+])
+def test_every_option_of_the_recipe_reaches_the_pairs(run, xrays, tmp_path, change, is_so):
+    """An option that does nothing is worse than none."""
+    run("pairs", "--data", xrays, "--output", tmp_path / "out", "--per-image", 3, "--size", 64,
+        "--workers", 0, *change)
+    params = [json.loads((case / "params.json").read_text()) for case in cases(tmp_path / "out")]
+    assert len(params) == 6
+    assert all(map(is_so, params)) if change else any(map(is_so, params))
+
+
+def test_size_seed_and_bend_change_the_images(run, xrays, tmp_path):
+    """The remaining options are seen in the pixels."""
+    pictures = {}
+    for name, change in {"plain": (), "seed": ("--seed", 7), "bend": ("--set", "PAIR_BEND=0.02"),
+                         "size": ("--size", 96)}.items():
+        run("pairs", "--data", xrays, "--output", tmp_path / name, "--per-image", 1, "--size", 64,
+            "--workers", 0, *change)
+        pictures[name] = nib.load(cases(tmp_path / name)[0] / "current.nii.gz").get_fdata()
+    assert pictures["size"].shape == (96, 96)
+    assert not np.array_equal(pictures["plain"], pictures["seed"])
+    assert not np.array_equal(pictures["plain"], pictures["bend"])
+
+
+@pytest.mark.parametrize("words, message", [
+    (("--findings", "nodule"), "did you mean nodules"),
+    (("--findings", "nodules=often"), "WORD=PROBABILITY"),
+    (("--findings", "nodules=2"), "between 0 and 1"),
+    (("--findings", "nodules=0"), "all are 0"),
+    (("--set", "PAIR_FINDINGS={'gallstone': 0.5}"), "gallstone is not one of"),
+    (("--set", "PAIR_DEVICE=0.5"), "PAIR_DEVICES"),
+    (("--set", "PAIR_UNCHANGED=1.5"), "between 0 and 1"),
+    (("--size", 100), "multiple of 32"),
+    (("--per-image", 0), "1 or more"),
+    (("--workers", -1), "0 or more"),
+    (("--patients", "nowhere.csv"), "no such file"),
+])
+def test_a_mistake_is_one_line_that_names_it(run, xrays, tmp_path, words, message):
+    """Nothing is written either."""
+    with pytest.raises(UserError, match=message) as error:
+        run("pairs", "--data", xrays, "--output", tmp_path / "out", "--workers", 0, *words)
+    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+def test_an_empty_folder_ends_with_code_2_and_one_line(tmp_path):
+    """As a process: stderr holds the line alone, without a traceback."""
+    words = ["pairs", "--data", tmp_path, "--output", tmp_path / "out"]
+    done = subprocess.run([sys.executable, "prepare_data.py", *words], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1 and str(tmp_path) in done.stderr

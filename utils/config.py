@@ -1,0 +1,157 @@
+"""Constants on the command line, the record of a run's settings, and errors that a user can act on."""
+
+import argparse
+import ast
+import difflib
+import json
+import os
+import platform
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+PACKAGES = ("torch", "torchvision", "numpy", "transformers", "kornia")       # versions kept with each run
+
+
+class UserError(Exception):
+    """A mistake of the user's: one line that says what is wrong, where, and what to do."""
+
+
+class BadFile(UserError):
+    """An input file that cannot be used; the message begins with its path."""
+
+
+def run_script(main):
+    """Call ``main``; a UserError ends the process with one line on stderr and exit code 2.
+
+    An error raised in a data-loading process arrives with that process's traceback in front, whose last line
+    is the message.
+    """
+    try:
+        main()
+    except UserError as error:
+        line = str(error).strip().splitlines()[-1]
+        for kind in (UserError, BadFile):
+            line = line.removeprefix(f"{kind.__module__}.{kind.__name__}: ")
+        print(f"error: {line}", file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
+def training_parser(doc):
+    """The command line that every training script shares; ``doc`` is the script's docstring."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-c", "--checkpoint", metavar="PATH|auto",
+                        help="resume from this file; auto: from the run's newest sound checkpoint, or start")
+    parser.add_argument("-n", "--save_name", metavar="NAME",
+                        help="folder of the run (default: the checkpoint's, or the script's kind and time)")
+    parser.add_argument("-p", "--preset", metavar="NAME", help="a name in PRESETS of constants.py")
+    parser.add_argument("--data", metavar="DIR", help="training data (default: demo data, made when missing)")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE",
+                        help="override constants.py")
+    parser.add_argument("--init", metavar="PATH", help="start from the weights of another run")
+    parser.add_argument("--remove_prefix", default="", help="with --init: cut this from the weights' names")
+    parser.add_argument("--fast-dev-run", action="store_true", help="one training and one validation batch")
+    return parser
+
+
+def hyperparameters(module):
+    """Every UPPER_CASE name of ``module`` with its current value, PRESETS left out."""
+    return {name: value for name, value in vars(module).items() if name.isupper() and name != "PRESETS"}
+
+
+def apply_preset(module, name):
+    """Set the constants that ``module.PRESETS[name]`` lists; None changes nothing.
+
+    UserError: an unknown name.
+    """
+    if name is None:
+        return
+    if name not in module.PRESETS:
+        raise UserError(f"-p {name}: no such preset in constants.py; there are {', '.join(module.PRESETS)}"
+                        f"{closest(name, module.PRESETS)}")
+    for constant, value in module.PRESETS[name].items():
+        set_constant(module, constant, value, f"PRESETS[{name!r}]")
+
+
+def apply_overrides(module, pairs):
+    """Set ``NAME=VALUE`` strings on ``module``.
+
+    UserError: an unknown name (the closest is offered), or a value of another type.
+    """
+    for pair in pairs:
+        name, separator, text = pair.partition("=")
+        if not separator:
+            raise UserError(f"--set {pair}: expected NAME=VALUE")
+        try:
+            value = ast.literal_eval(text)
+        except (SyntaxError, ValueError):
+            value = text
+        set_constant(module, name, value, f"--set {pair}")
+
+
+def restore_constants(module, values):
+    """Set the constants of a checkpoint on ``module``, so that its network can be built again.
+
+    A name that the checkpoint does not have keeps its value; one that constants.py no longer has is left out.
+    """
+    known = hyperparameters(module)
+    for name, value in values.items():
+        if name in known:
+            setattr(module, name, value)
+
+
+def changed_constants(module, values):
+    """``NAME: old -> new`` for each constant whose value differs from that of a checkpoint."""
+    known = hyperparameters(module)
+    return [f"{name}: {value!r} -> {known[name]!r}" for name, value in values.items()
+            if name in known and known[name] != value]
+
+
+def set_constant(module, name, value, where):
+    """Set one constant to a value of its own type; an int is taken for a float.  UserError otherwise."""
+    known = hyperparameters(module)
+    if name not in known:
+        raise UserError(f"{where}: constants.py has no {name}{closest(name, known)}")
+    kind = type(known[name])
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind:
+        raise UserError(f"{where}: {name} is of type {kind.__name__}, not {type(value).__name__}")
+    setattr(module, name, value)
+
+
+def closest(name, known):
+    """``; did you mean X?`` when a known name is near, or nothing."""
+    near = difflib.get_close_matches(name.upper(), known, n=1) or difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def write_training_params(run_dir, module, **facts):
+    """Write ``run_dir/training_params.json``: settings, command, versions, and the ``facts`` of the run."""
+    params = {
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "git_commit": git_commit(),
+        "versions": {"python": platform.python_version(),
+                     **{name: version(name) for name in PACKAGES}},
+        **facts,
+        "constants": hyperparameters(module),
+    }
+    temporary = run_dir / "training_params.json.tmp"
+    temporary.write_text(json.dumps(params, indent=2))
+    os.replace(temporary, run_dir / "training_params.json")
+
+
+def git_commit():
+    """Commit of the code, with "+changes" when the tree differs from it; None outside a repository."""
+    def git(*words):
+        command = ["git", "-C", str(Path(__file__).parent), *words]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    try:
+        commit = git("rev-parse", "HEAD")
+    except FileNotFoundError:                        # git is not installed
+        return None
+    if commit.returncode != 0:
+        return None
+    return commit.stdout.strip() + ("+changes" if git("status", "--porcelain").stdout.strip() else "")

@@ -1,0 +1,20 @@
+"""Batches on the device, and mixed precision by a word of constants.py."""
+
+import torch
+
+from utils.config import UserError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def autocast(device, precision):
+    """torch.autocast for "fp32" (off) | "bf16" | "fp16" on a torch.device.  UserError: another word."""
+    if precision not in DTYPES:
+        raise UserError(f"PRECISION={precision}: allowed are {', '.join(DTYPES)}")
+    return torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32")
+
+
+def to_device(batch, device):
+    """A dict of a batch with its tensors on ``device``; entries of another kind stay as they are."""
+    return {key: value.to(device, non_blocking=True) if torch.is_tensor(value) else value
+            for key, value in batch.items()}

@@ -1,0 +1,300 @@
+"""Several processes under torchrun: strategies, collectives, and states that fit every strategy.
+
+Without torchrun there is one process and every function here is a no-op or the plain torch call.
+Functions that talk to the other ranks say "collective": all ranks must call them, in the same order.
+"""
+
+import os
+import warnings
+from contextlib import contextmanager, nullcontext
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from utils.config import UserError
+
+STRATEGIES = ("ddp", "zero2", "fsdp")
+
+
+def setup_distributed():
+    """Join torchrun's process group if there is one; return this process's device."""
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if "RANK" in os.environ and not dist.is_initialized():
+        # Gloo stands beside NCCL so that flags on the CPU are reduced without waiting for the GPU.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    return device
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main():
+    return rank() == 0
+
+
+def barrier():
+    """Collective: return once every rank has come here."""
+    any_rank([False])
+
+
+def cleanup():
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def shard(model, strategy, find_unused=False):
+    """Spread ``model`` over the ranks; collective.  One process gets the model back as it is.
+
+    "ddp": a full copy per rank, gradients averaged (DistributedDataParallel).
+    "zero2": gradients and optimizer state are sharded; parameters stay whole from forward to backward.
+    "fsdp": parameters are sharded outside of each block's own forward and backward too.
+    The last two use torch.distributed.fsdp.fully_shard and change ``model`` in place.  Rank 0's parameters
+    and buffers go to all ranks first.  Create the optimizer and the EMA, and compile, after this call.  Under
+    "zero2" and "fsdp" call the model itself, since only its forward gathers the parameters.
+    find_unused: "ddp" allows for parameters without a gradient.  Raises UserError for another word.
+    """
+    if strategy not in STRATEGIES:
+        raise UserError(f"STRATEGY = {strategy!r}: unknown; use one of {', '.join(STRATEGIES)}")
+    if world_size() == 1:
+        return model
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if strategy != "ddp" and not tensor.is_contiguous():
+            tensor.data = tensor.data.contiguous()          # fully_shard refuses channels_last parameters
+        dist.broadcast(tensor.detach(), src=0)
+    if strategy == "ddp":
+        # Newer releases rename broadcast_buffers; a 1x1 convolution's one layout has strides of two kinds.
+        warnings.filterwarnings("ignore", ".*broadcast_buffers|Grad strides do not match")
+        return DistributedDataParallel(model, broadcast_buffers=False, find_unused_parameters=find_unused,
+                                       gradient_as_bucket_view=True)
+    module = unwrap(model)
+    mesh = init_device_mesh(next(module.parameters()).device.type, (world_size(),))
+    # A hundredth of the model is large enough to fill a message and small enough to be gathered ahead.
+    for block in [*_blocks(module, _size(module) / 100), module]:
+        fully_shard(block, mesh=mesh, reshard_after_forward=strategy == "fsdp")
+    return model
+
+
+def _blocks(module, smallest):
+    """The outermost elements of ModuleList and Sequential that hold at least ``smallest`` parameters.
+
+    Such elements are called as modules, so their forward gathers all that they need; a bare container may
+    be indexed or sliced by its parent, and is therefore never a block itself.
+    """
+    containers = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+    for child in module.children():
+        if isinstance(module, containers) and not isinstance(child, containers) and _size(child) >= smallest:
+            yield child
+        else:
+            yield from _blocks(child, smallest)
+
+
+def _size(module):
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def unwrap(model):
+    """The module inside DistributedDataParallel and torch.compile, in whichever order they were put on."""
+    while isinstance(model, DistributedDataParallel) or hasattr(model, "_orig_mod"):
+        model = model.module if isinstance(model, DistributedDataParallel) else model._orig_mod
+    return model
+
+
+@contextmanager
+def gradient_sync(model, enabled):
+    """Within: backward adds to gradients that stay on this rank unless ``enabled``.
+
+    For micro-batches before the last of an accumulation group.  Forward and backward both stand inside.
+    """
+    outer = getattr(model, "_orig_mod", model)
+    module = unwrap(model)
+    if isinstance(module, FSDPModule):
+        module.set_requires_gradient_sync(enabled)
+    local = isinstance(outer, DistributedDataParallel) and not enabled
+    with outer.no_sync() if local else nullcontext():
+        yield
+
+
+@torch.no_grad()
+def sync_buffers_(model):
+    """Collective: floating-point buffers become their mean over the ranks, the others take rank 0's value.
+
+    BatchNorm's running statistics see one rank's data alone; called after each optimizer step, this keeps
+    the ranks' models equal.
+    """
+    if world_size() == 1:
+        return
+    # In float64 the mean of equal float32 values is that value, so constant tables never drift.
+    for floating, dtype in ((True, torch.float64), (False, torch.int64)):
+        buffers = [buffer for buffer in unwrap(model).buffers() if buffer.is_floating_point() == floating]
+        if not buffers:
+            continue
+        flat = torch.cat([buffer.reshape(-1).to(dtype) for buffer in buffers])
+        if floating:
+            flat = all_reduce_mean(flat)
+        else:
+            dist.broadcast(flat, src=0)
+        for buffer, values in zip(buffers, flat.split([buffer.numel() for buffer in buffers]), strict=True):
+            buffer.copy_(values.view(buffer.shape))
+
+
+def reshard(model):
+    """Free the whole parameters that a forward without backward leaves behind under "zero2" and "fsdp".
+
+    They would hide what is written into the shards: the next forward would compute with the old values.
+    """
+    for module in unwrap(model).modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def all_reduce_sum(tensor):
+    """Collective: the sum of ``tensor`` over the ranks, as a new tensor on the same device."""
+    total = tensor.detach().clone()
+    if world_size() > 1:
+        dist.all_reduce(total)
+    return total
+
+
+def all_reduce_mean(tensor):
+    """Collective: the mean of a floating-point ``tensor`` over the ranks, as a new tensor."""
+    return all_reduce_sum(tensor) / world_size()
+
+
+def any_rank(flags):
+    """Collective: True where any rank's flag is, for what all ranks must do together, such as to stop."""
+    merged = torch.tensor(flags, dtype=torch.int32)              # on the CPU, hence over gloo
+    if world_size() > 1:
+        dist.all_reduce(merged, op=dist.ReduceOp.MAX)
+    return merged.bool().tolist()
+
+
+def broadcast_word(word):
+    """Collective: rank 0's ``word`` on every rank, for names that hold the time of day."""
+    words = [word]
+    if world_size() > 1:
+        dist.broadcast_object_list(words, src=0)
+    return words[0]
+
+
+def gather_rng_state():
+    """Collective: torch's generator states, a list over ranks of {"cpu": tensor, "cuda": tensor or None}."""
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    states = [{"cpu": torch.get_rng_state(), "cuda": cuda}] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(states, states[0])
+    return states
+
+
+def restore_rng_state(states):
+    """Set this rank's generators from gather_rng_state's list.
+
+    Returns False, having done nothing, when the list is of another number of processes.
+    """
+    if len(states) != world_size():
+        return False
+    torch.set_rng_state(states[rank()]["cpu"])
+    if states[rank()]["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states[rank()]["cuda"])
+    return True
+
+
+def _to_cpu(value):
+    """A whole copy on the CPU that shares no memory with the run; values other than tensors as they are."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    return (value.full_tensor() if isinstance(value, DTensor) else value).detach().to("cpu", copy=True)
+
+
+def _shard_like(value, like):
+    """Give a whole tensor the device and, where the shapes agree, the sharding of ``like``; a copy."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    if value.dim() == 0 or value.shape != like.shape:               # such as an optimizer's step count
+        return value.clone()
+    value = value.to(like.device, copy=True)
+    if not isinstance(like, DTensor):
+        return value
+    # Each rank cuts its part out of its own whole copy; copying the part lets the whole one go.
+    part = distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
+    return torch.empty_like(like, dtype=value.dtype).copy_(part)
+
+
+def _named(pairs):
+    """dict of (name, value) pairs without the prefix that a compiled block puts into names."""
+    return {name.replace("_orig_mod.", ""): value for name, value in pairs}
+
+
+def _parameter_names(model):
+    reshard(model)
+    return {parameter: name for name, parameter in _named(unwrap(model).named_parameters()).items()}
+
+
+def model_state(model):
+    """Collective: the unwrapped model's whole state dict on the CPU, on every rank.
+
+    The same names and tensors under every strategy; they share no memory with the model.
+    """
+    reshard(model)
+    return {name: _to_cpu(value) for name, value in _named(unwrap(model).state_dict().items()).items()}
+
+
+def load_model_state(model, state):
+    """Load what model_state returned, on each rank.  Raises UserError where names or shapes differ."""
+    reshard(model)
+    own = _named((name, (name, value)) for name, value in unwrap(model).state_dict().items())
+    different = sorted(own.keys() ^ state.keys()) or [
+        name for name, (_, value) in own.items()
+        if isinstance(value, torch.Tensor) and value.shape != state[name].shape]
+    if different:
+        raise UserError(f"the weights are of another model: {len(different)} names or shapes differ, "
+                        f"such as {', '.join(different[:3])}; use the settings that it was trained with")
+    unwrap(model).load_state_dict({
+        inner: _shard_like(state[name], value) for name, (inner, value) in own.items()})
+
+
+def optimizer_state(model, optimizer):
+    """Collective: the optimizer's whole state on the CPU, keyed by parameter names, on every rank.
+
+    {"state": {name: {entry: tensor}}, "param_groups": [{option: value, "params": [names]}]}.  A parameter
+    that was never stepped has no entry.  torch's get_optimizer_state_dict is not used: it takes a step to
+    fill an empty optimizer, which leaves a step count of 1 behind and so changes the bias correction.
+    """
+    names = _parameter_names(model)
+    groups = [{**group, "params": [names[p] for p in group["params"]]} for group in optimizer.param_groups]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    state = {names[parameter]: {key: _to_cpu(value) for key, value in optimizer.state[parameter].items()}
+             for parameter in parameters if parameter in optimizer.state}
+    return {"state": state, "param_groups": groups}
+
+
+def load_optimizer_state(model, optimizer, state):
+    """Load what optimizer_state returned under any strategy, on each rank.
+
+    Raises UserError when its parameter groups hold other parameters than this optimizer's.
+    """
+    names = _parameter_names(model)
+    groups = [[names[p] for p in group["params"]] for group in optimizer.param_groups]
+    if groups != [group["params"] for group in state["param_groups"]]:
+        raise UserError("the optimizer state is of other parameters or parameter groups; "
+                        "use the model and the weight decay settings that it was saved with")
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    entries = {index: {key: _shard_like(value, parameter)
+                       for key, value in state["state"][names[parameter]].items()}
+               for index, parameter in enumerate(parameters) if names[parameter] in state["state"]}
+    indices = iter(range(len(parameters)))            # torch keys states by the position over all groups
+    optimizer.load_state_dict({"state": entries, "param_groups": [
+        {**group, "params": [next(indices) for _ in group["params"]]} for group in state["param_groups"]]})

@@ -1,0 +1,201 @@
+"""Alignment of a prior image to the current one, and the baseline that subtracts the two."""
+
+import itertools
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from kornia.filters import gaussian_blur2d
+from scipy.optimize import minimize
+from skimage.exposure import match_histograms
+from skimage.filters import gaussian
+
+from utils.metrics import ChangeMetrics
+
+LEVELS = (32, 64, 128)                              # longer side in pixels, coarse to fine
+MAX_STEPS = 30                                      # of the optimiser, per level
+SEARCH_ANGLES = (-0.2, -0.1, 0.0, 0.1, 0.2)         # radians
+SEARCH_SCALES = (-0.3, -0.15, 0.0, 0.15, 0.3)       # log of the scale: 0.74 to 1.35
+SEARCH_SHIFTS = (-0.3, -0.15, 0.0, 0.15, 0.3)       # half image sides
+STARTS = 4                                          # best of the search, all followed on the coarsest level
+THRESHOLDS = (0.03, 0.05, 0.07, 0.1, 0.13, 0.16, 0.2, 0.25, 0.3)        # offered to the baseline
+SIGMAS = (0.004, 0.008, 0.016, 0.032)                                   # of the image side
+
+
+class Registration(NamedTuple):
+    """What ``register`` returns."""
+
+    warped: torch.Tensor            # moving in the frame of fixed; outside it the edge is repeated
+    matrix: torch.Tensor            # [3, 3] float64: (x, y, 1) pixel of moving -> pixel of fixed
+    similarity: float               # of warped and fixed, in [-1, 1]
+    identity_similarity: float      # of moving and fixed as they came
+    aligned: bool                   # False: nothing better than the identity was found: unchanged
+
+
+def register(moving, fixed, model="similarity"):
+    """Align the moving image to the fixed one.
+
+    moving, fixed: tensors [H, W] or [1, H, W] of one shape and any range. model: "similarity" (rotation,
+    scale, shift) or "affine". Coarse to fine: a search over rotations, scales and shifts, then L-BFGS on each
+    level, maximising the correlation of locally normalised images, which exposure and gamma hardly change.
+    Where that ends below the identity's, the image comes back as it was. Deterministic, on the CPU.
+    """
+    if model not in ("similarity", "affine"):
+        raise ValueError(f'model is "similarity" or "affine", not {model!r}')
+    if moving.shape != fixed.shape:
+        raise ValueError(f"moving {tuple(moving.shape)} and fixed {tuple(fixed.shape)} differ in shape")
+    image = moving.detach().float().cpu().view(1, 1, *moving.shape[-2:])
+    target = fixed.detach().float().cpu().view(1, 1, *moving.shape[-2:])
+    aspect = torch.tensor(moving.shape[:-3:-1]) / max(moving.shape[-2:])                   # (x, y)
+
+    pair = normalised(image, LEVELS[0]), normalised(target, LEVELS[0])
+    reached = [climb(start, *pair, aspect, free=4) for start in search(*pair, aspect)]
+    parameters = max(reached, key=lambda end: correlation(*pair, end[None], aspect).item())       # [6]
+    for size in LEVELS[1:]:
+        pair = normalised(image, size), normalised(target, size)
+        parameters = climb(parameters, *pair, aspect, free=4 if model == "similarity" else 6)
+
+    similarity, identity = correlation(*pair, torch.stack([parameters, 0 * parameters]), aspect).tolist()
+    if similarity <= identity:
+        return Registration(moving, torch.eye(3, dtype=torch.float64), identity, identity, False)
+    grid = F.affine_grid(theta_of(parameters[None], aspect), image.shape, align_corners=False)
+    warped = F.grid_sample(image, grid, padding_mode="border", align_corners=False)
+    matrix = pixel_matrix(parameters, aspect, image.shape[-2:])
+    return Registration(warped.view(moving.shape).to(moving), matrix, similarity, identity, True)
+
+
+def normalised(image, size):
+    """Image [1, 1, H, W], its longer side reduced to ``size``, its local mean and contrast made even."""
+    factor = min(1.0, size / max(image.shape[-2:]))
+    small = F.interpolate(image, [max(8, round(n * factor)) for n in image.shape[-2:]], mode="area")
+    sigma = max(small.shape[-2:]) / 12
+    radius = min(round(2 * sigma), min(small.shape[-2:]) - 1)
+    window = (2 * radius + 1, 2 * radius + 1), (sigma, sigma)
+    centred = small - gaussian_blur2d(small, *window)
+    spread = gaussian_blur2d(centred ** 2, *window).sqrt()
+    # The added part keeps flat regions, such as the black around a film, from becoming amplified noise.
+    return centred / (spread + 0.3 * spread.mean() + 1e-8)
+
+
+def theta_of(parameters, aspect):
+    """[N, 2, 3] for affine_grid, from normalised coordinates in fixed to those in moving.
+
+    parameters [N, 6]: angle, log scale, shift x, shift y, log ratio of scales, shear. Zeros: the identity.
+    """
+    angle, scale, x, y, ratio, shear = parameters.unbind(1)
+    cos, sin, wide, high = angle.cos(), angle.sin(), (scale + ratio).exp(), (scale - ratio).exp()
+    linear = torch.stack([cos * wide, (cos * shear - sin) * high, sin * wide, (sin * shear + cos) * high], 1)
+    linear = linear.view(-1, 2, 2) * aspect / aspect[:, None]           # turns by the same angle in x and y
+    return torch.cat([linear, torch.stack([x, y], 1)[..., None]], 2)
+
+
+def pixel_matrix(parameters, aspect, shape):
+    """[3, 3] float64 from pixels (x, y, 1) of moving to those of fixed."""
+    height, width = shape
+    # affine_grid's coordinates run from -1 to 1 between the outer edges of the pixels.
+    normalise = torch.tensor([[2 / width, 0, 1 / width - 1], [0, 2 / height, 1 / height - 1], [0, 0, 1]],
+                             dtype=torch.float64)
+    theta = torch.eye(3, dtype=torch.float64)
+    theta[:2] = theta_of(parameters[None].double(), aspect.double())[0]
+    return torch.linalg.inv(normalise) @ torch.linalg.inv(theta) @ normalise
+
+
+def correlation(moving, fixed, parameters, aspect):
+    """[N] correlation of moving, warped by each of parameters [N, 6], with fixed.
+
+    What leaves the frame counts as zero in the sum of products but not in the norm of fixed, so that a small
+    overlap scores low however well it matches.
+    """
+    shape = [len(parameters), *moving.shape[1:]]
+    grid = F.affine_grid(theta_of(parameters, aspect), shape, align_corners=False)
+    warped = F.grid_sample(moving.expand(shape), grid, align_corners=False)            # [N, 1, H, W]
+    product, power = (warped * fixed).sum((1, 2, 3)), (warped ** 2).sum((1, 2, 3))
+    return product / (power * (fixed ** 2).sum() + 1e-8).sqrt()
+
+
+def search(moving, fixed, aspect):
+    """The identity and the STARTS best of a coarse grid of parameters, [STARTS + 1, 6]."""
+    grid = torch.tensor([(0.0,) * 6] + [(*start, 0.0, 0.0) for start in itertools.product(
+        SEARCH_ANGLES, SEARCH_SCALES, SEARCH_SHIFTS, SEARCH_SHIFTS)])
+    best = correlation(moving, fixed, grid, aspect).topk(STARTS).indices
+    return torch.cat([grid[:1], grid[best]])
+
+
+def climb(parameters, moving, fixed, aspect, free):
+    """L-BFGS from parameters [6] to the nearest maximum of the correlation; the first ``free`` change."""
+    def loss(values):
+        x = torch.cat([torch.from_numpy(values).float(), parameters[free:]]).requires_grad_()
+        value = -correlation(moving, fixed, x[None], aspect)[0]
+        gradient, = torch.autograd.grad(value, x)
+        return value.item(), gradient[:free].double().numpy()
+
+    with torch.enable_grad():
+        end = minimize(loss, parameters[:free].double().numpy(), jac=True, method="L-BFGS-B",
+                       options={"maxiter": MAX_STEPS})
+    return torch.cat([torch.from_numpy(end.x).float(), parameters[free:]])
+
+
+def align_letterboxed(prior, prior_box, current, current_box):
+    """Register two letterboxed images by what they show, not by the bars around it.
+
+    prior, current: arrays [S, S]; boxes (top, left, height, width) of the pictures in them. Returns (the
+    prior [S, S] within the current's box, zero around it; whether a better pose than the first was found).
+    """
+    filled = []
+    for image, (top, left, height, width) in ((prior, prior_box), (current, current_box)):
+        bars = ((top, len(image) - top - height), (left, len(image) - left - width))
+        filled.append(torch.from_numpy(np.pad(image[top:top + height, left:left + width], bars, mode="edge")))
+    result = register(*filled)
+    top, left, height, width = current_box
+    framed = np.zeros_like(prior)
+    framed[top:top + height, left:left + width] = result.warped[top:top + height, left:left + width].numpy()
+    return framed, result.aligned
+
+
+def subtraction_baseline(prior, current, sigma):
+    """current - prior, the prior registered to it and brought to its histogram, smoothed by a Gaussian.
+
+    prior, current: arrays or tensors [H, W] in [0, 1]; sigma in pixels -> array [H, W] in [-1, 1].
+    """
+    return gaussian(registered_difference(prior, current), sigma)
+
+
+def registered_difference(prior, current):
+    """``subtraction_baseline`` before it is smoothed."""
+    warped = register(torch.as_tensor(prior), torch.as_tensor(current)).warped.numpy()
+    return np.asarray(current) - match_histograms(warped, np.asarray(current))
+
+
+def best_baseline(pairs, target_threshold=0.05, min_area=None, thresholds=THRESHOLDS, sigmas=SIGMAS):
+    """``subtraction_baseline`` at its strongest on pairs of (prior, current, truth), each [H, W].
+
+    Of all sigmas (shares of the image side) and thresholds it takes those with the highest mean Dice over
+    both signs on the very pairs that are measured, which is generous to the baseline. Returns dict(metrics,
+    sigma in pixels, threshold); for the metrics the maps are rescaled so that the chosen threshold lies at
+    ``target_threshold``, where the model's is.
+    """
+    raw = [registered_difference(prior, current) for prior, current, _ in pairs]
+    truths = [np.asarray(truth) for _, _, truth in pairs]
+    best = (-math.inf,)
+    for sigma in [share * max(raw[0].shape) for share in sigmas]:
+        smooth = [gaussian(diff, sigma) for diff in raw]
+        for threshold in thresholds:
+            maps = [np.clip(diff * (target_threshold / threshold), -1, 1) for diff in smooth]
+            dice = [signed_dice(*pair, target_threshold) for pair in zip(maps, truths, strict=True)]
+            score = np.mean([value for value in dice if value is not None] or [0.0])
+            if score > best[0]:
+                best = score, maps, sigma, threshold
+    _, maps, sigma, threshold = best
+    metrics = ChangeMetrics(target_threshold, min_area)
+    for pred, truth in zip(maps, truths, strict=True):
+        metrics.update(pred[None, None], truth[None, None])
+    return {"metrics": metrics.compute(), "sigma": sigma, "threshold": threshold}
+
+
+def signed_dice(pred, truth, threshold):
+    """Dice of maps [H, W] over both signs together; None where the truth has no change."""
+    true = (np.abs(truth) > threshold).sum()
+    new, resolved = (pred > threshold) & (truth > threshold), (pred < -threshold) & (truth < -threshold)
+    return 2 * (new | resolved).sum() / (true + (np.abs(pred) > threshold).sum()) if true else None

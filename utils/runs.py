@@ -1,0 +1,71 @@
+"""The folder of a run, the checkpoint that it goes on from, and the loss that ends it."""
+
+import math
+import time
+from pathlib import Path
+
+from utils.checkpoint import load_checkpoint, newest_sound
+from utils.config import UserError
+from utils.distributed import broadcast_word, is_main
+
+
+def open_run(runs_dir, name, checkpoint, kind):
+    """(folder of the run, checkpoint dict to resume from or None).
+
+    name: word under ``runs_dir``; None takes the folder of the checkpoint, or ``<kind>_<time>``.
+    checkpoint: None starts a run, a path resumes that file, "auto" resumes the newest sound file of the run,
+    and starts when it has none.
+    UserError: a run of that name exists and is not resumed; "auto" without a name.
+    """
+    runs_dir = Path(runs_dir)
+    if name is not None and Path(name).name != name:
+        raise UserError(f"-n {name}: the name of a run is a plain word, not a path")
+    if checkpoint == "auto":
+        if name is None:
+            raise UserError("-c auto: name the run with -n")
+        run_dir, state = runs_dir / name, None
+        found = newest_sound(run_dir, kind)
+        if found is not None:
+            path, state, damaged = found
+            if is_main():
+                for file in damaged:
+                    print(f"Damaged, passed over: {file}")
+                print(f"Resuming from {path}")
+    elif checkpoint is not None:
+        state = load_checkpoint(checkpoint, kind)
+        run_dir = runs_dir / name if name is not None else Path(checkpoint).parent
+        if is_main():
+            print(f"Resuming from {checkpoint}")
+    else:
+        run_dir = runs_dir / broadcast_word(name or f"{kind}_{time.strftime('%Y%m%d_%H%M%S')}")
+        if is_main() and any(run_dir.glob(f"{kind}_*.pt")):
+            raise UserError(f"{run_dir} already holds a run; resume it with -c auto, or choose another -n")
+        state = None
+    try:
+        (run_dir / "samples").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{run_dir}: cannot make the run's folder: {error.strerror}") from error
+    return run_dir, state
+
+
+def resume_position(checkpoint, num_batches, every):
+    """(epoch, batch) to go on from; an epoch counts as done when its validation stands in the history.
+
+    num_batches: micro-batches of an epoch now; with another batch or world size than the checkpoint's, the run
+    goes on at the same share of the epoch, at the start of a group of ``every`` micro-batches.
+    """
+    epoch, batch, history = checkpoint["epoch"], checkpoint["batch_in_epoch"], checkpoint["history"]
+    if history and history[-1]["epoch"] == epoch:
+        return epoch + 1, 0
+    if num_batches == checkpoint["num_batches"]:
+        return epoch, batch
+    batch = batch * num_batches // checkpoint["num_batches"]
+    return epoch, batch - batch % every
+
+
+def check_finite(loss, terms, step, cases):
+    """UserError naming the step, its terms and the cases unless ``loss`` (a scalar tensor) is finite."""
+    if not math.isfinite(loss.item()):
+        values = ", ".join(f"{name}={term.item():.3g}" for name, term in terms.items())
+        raise UserError(f"non-finite loss at step {step} ({values}) in cases {', '.join(cases)}; "
+                        "lower MAX_LR, or use PRECISION=fp32")
