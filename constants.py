@@ -94,11 +94,11 @@ LAMBDA_P = 2.0                   # perceptual
 LAMBDA_S = 2.0                   # style
 LAMBDA_FOURIER = 0.05
 LAMBDA_GAN = 0.5
-LAMBDA_DICE = 1.0
+LAMBDA_DICE = 0.1
 
 # ------------------------------------------ 7 Longitudinal: inside the losses
 CHANGE_WEIGHT = 10.0             # weight of a changed pixel in L1 and L2; an unchanged one weighs 1
-DICE_TEMPERATURE = 0.02          # width of the soft threshold of the Dice term, in units of the map
+DICE_TEMPERATURE = 0.05          # width of the soft threshold of the Dice term, in units of the map
 VGG_WEIGHTS = ""                 # file of torchvision's vgg19_bn weights (vgg19_bn-c79401a0.pth)
 GAN_START_EPOCH = 3              # first epoch with the discriminator
 GAN_LR = 2e-4

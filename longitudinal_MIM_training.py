@@ -46,7 +46,7 @@ from utils.config import (
 from utils.device import autocast, to_device
 from utils.ema import EMA
 from utils.history import Trackers, batch_line, epoch_line, progress_bar, write_metrics_csv
-from utils.interrupts import Interrupts
+from utils.interrupts import Interrupts, leave_to_parent
 from utils.metrics import ChangeMetrics
 from utils.optim import build_optimizer, parameter_groups
 from utils.overlay import sample_sheet
@@ -79,7 +79,8 @@ def build_loader(dataset, shuffle):
     """Loader of this rank's share.  Its own generator keeps it from drawing on the global random state."""
     sampler = ShardedSampler(len(dataset), shuffle, C.SEED, distributed.rank(), distributed.world_size())
     return DataLoader(dataset, C.BATCH_SIZE, sampler=sampler, num_workers=C.NUM_WORKERS,
-                      pin_memory=torch.cuda.is_available(), generator=torch.Generator())
+                      pin_memory=torch.cuda.is_available(), worker_init_fn=leave_to_parent,
+                      generator=torch.Generator())
 
 
 def build_model():

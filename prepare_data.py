@@ -106,7 +106,7 @@ def ct_settings(findings):
 
 
 def make_longitudinal_demo():
-    """Write the demonstration X-rays and their pairs below DEMO_DIR, unless there; returns the pairs' folder."""
+    """Write the demonstration X-rays and pairs below DEMO_DIR, unless there; returns the pairs' folder."""
     folder, settings = Path(C.DEMO_DIR) / "longitudinal", pair_settings(C.PAIR_FINDINGS)
     return write_longitudinal_demo(folder, C.DEMO_SIZE, C.DEMO_PATIENTS, C.DEMO_PAIRS_PER_PATIENT, C.SEED,
                                    C.NUM_WORKERS, settings)

@@ -1,4 +1,4 @@
-"""Optimizer step and average of the weights for ViT-Base's 86 million: ours against timm's EMA and torch's AdamW.
+"""AdamW step and average of the weights of ViT-Base: ours against torch's optimizer and timm's ModelEmaV3.
 
     python benchmarks/ema_step.py --n 15
 
@@ -65,7 +65,7 @@ def main():
     torch.testing.assert_close(average.shadow[0], [p.detach() for p in peer_average.module.parameters()])
     mine, theirs = (statistics.median(seconds[step]) for step in (our_step, peer_step))
     count = sum(parameter.numel() for parameter in ours.parameters())
-    print(f"{count / 1e6:.1f} M parameters: ours {1e3 * mine:.1f} ms, peer {1e3 * theirs:.1f} ms; weights and averages agree")
+    print(f"{count / 1e6:.1f} M parameters, equal results: ours {1e3 * mine:.1f} ms, peer {1e3 * theirs:.1f} ms")
     print(f"ratio: {theirs / mine:.2f} (peer / ours, median of {args.n})")
 
 

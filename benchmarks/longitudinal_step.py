@@ -1,13 +1,13 @@
-"""Seconds and memory of one training step of the full-size chest X-ray network: B7, ViT-Base, 512 px, batch 2.
+"""Seconds and memory of a training step of the full-size chest X-ray network: B7, ViT-Base, 512 px, batch 2.
 
     python benchmarks/longitudinal_step.py --n 3
 
 ours    bfloat16 autocast, channels_last, fused AdamW, DepthwiseConv2d as the network is built
-flags   the same precision, format and optimizer with torch's own depthwise convolution: a user's best without us
+flags   the same precision, format and optimizer with torch's own depthwise convolution
 peer    the same network in contiguous float32 with torch's default AdamW
 
-A step is forward, L1 + L2 + soft Dice, backward, clipping, AdamW, EMA.  Every step starts from the same weights, so
-the losses must agree.  Peak memory is that of our step in a process of its own.
+A step is forward, L1 + L2 + soft Dice, backward, clipping, AdamW, EMA.  Every step starts from the same
+weights, so the losses must agree.  Peak memory is that of our step in a process of its own.
 """
 
 import argparse
@@ -43,7 +43,7 @@ def parse_args():
 
 
 def build_model(args):
-    """The network without dropout and with a head as large as a trained one's, so that losses can be compared."""
+    """The network without dropout and with a head as large as a trained one's, to compare losses."""
     torch.manual_seed(0)
     model = LongitudinalMIMModelBig(args.efficientnet, args.vit, drop=0.0)
     torch.nn.init.normal_(model.head[-1].weight, std=0.05)
@@ -109,7 +109,8 @@ def main():
     if args.memory:
         print(measure_memory(args))
         return
-    child = subprocess.run([sys.executable, *sys.argv, "--memory"], capture_output=True, text=True, check=True)
+    command = [sys.executable, *sys.argv, "--memory"]
+    child = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     peak = float(child.stdout.split()[-1])
     print(f"peak memory of our step: {peak:.1f} GB (limit {MEMORY_LIMIT_GB})", flush=True)
 
@@ -120,7 +121,7 @@ def main():
         for name, times in seconds.items():
             set_up(model, name)
             model.load_state_dict(weights)
-            if name not in variants:                                   # in the format that the network has now
+            if name not in variants:                               # in the format that the network has now
                 variants[name] = build_optimizer_of(model, name), EMA(model, 0.999)
             losses[name], elapsed = train_step(model, *variants[name], batch, bfloat16=name != "peer")
             times += [elapsed] if i else []
@@ -129,7 +130,7 @@ def main():
     assert all(abs(loss - losses["peer"]) < 0.02 * losses["peer"] for loss in losses.values()), losses
     assert peak < MEMORY_LIMIT_GB, f"{peak:.1f} GB"
     print("seconds per step: " + ", ".join(f"{name} {value:.2f}" for name, value in medians.items()))
-    print(f"under the same precision, format and optimizer: {medians['flags'] / medians['ours']:.2f} (flags / ours)")
+    print(f"under the same precision, format and optimizer: {medians['flags'] / medians['ours']:.2f} times")
     print(f"ratio: {medians['peer'] / medians['ours']:.2f} (peer / ours, median of {args.n})")
 
 

@@ -29,9 +29,10 @@ def write_longitudinal_demo(output, size, patients, pairs_per_patient, seed, wor
     """Write ``output``/images/<patient>/ and ``output``/pairs/<case>/; returns the folder of the pairs.
 
     images: frontal X-rays of ``patients`` phantoms as PNG (8 and 16 bit) and DICOM (MONOCHROME1 too), about
-    ``size`` pixels wide.  pairs: pairs_per_patient cases each of size x size pixels; settings: those of
-    pairs.make_pair.  workers: processes; 0 makes all here.  What an interrupted run made is kept; a finished
-    set is not made again.  Raises UserError when the folder holds a set with other settings, or other files.
+    ``size`` pixels wide.  pairs: pairs_per_patient cases (an odd number is rounded up) of size x size pixels;
+    settings: those of pairs.make_pair.  workers: processes; 0 makes all here.  What a stopped run made is
+    kept; a finished set is not made again.  Raises UserError when the folder holds a set with other settings,
+    or other files.
     """
     output = Path(output)
     wanted = {"size": size, "patients": patients, "pairs_per_patient": pairs_per_patient, "seed": seed,
@@ -107,7 +108,7 @@ def expose(hu, spacing, rng):
     rays = (rotate(np.maximum(hu, AIR).astype(np.float32), angles) - AIR).sum(1) * spacing / 1000
     top, bottom, left, right = (int(rng.uniform(0, 0.06) * side) for side in np.repeat(rays.shape, 2))
     rays = rays[top:rays.shape[0] - bottom, left:rays.shape[1] - right]
-    # Exposure follows the patient: the detector's curve spreads the rays (mm of water) between lung and belly.
+    # Exposure follows the patient: the detector's curve spreads what lies between lung and belly.
     lung, belly = np.percentile(rays[rays > 30], (12, 90))
     middle, width = lung + rng.uniform(0.32, 0.48) * (belly - lung), rng.uniform(0.2, 0.28) * (belly - lung)
     image = 1 / (1 + np.exp(-(rays - middle) / width))

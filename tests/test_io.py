@@ -213,7 +213,8 @@ def test_dicom_that_is_not_one_grey_image_is_refused(tmp_path):
     """Several frames, no pixels, a palette, an unknown compression."""
     assert "2 frames" in refusal(write_dicom(tmp_path / "a.dcm", np.stack([GREY, GREY])))
     assert "without pixel data" in refusal(write_dicom(tmp_path / "b.dcm", PixelData=None))
-    assert "palette" in refusal(write_dicom(tmp_path / "c.dcm", BYTES, PhotometricInterpretation="PALETTE COLOR"))
+    palette = {"PhotometricInterpretation": "PALETTE COLOR"}
+    assert "palette" in refusal(write_dicom(tmp_path / "c.dcm", BYTES, **palette))
     assert "cannot be decoded" in refusal(write_dicom(tmp_path / "d.dcm", Rows=None))
 
 
@@ -294,7 +295,7 @@ def test_resizing_averages_and_stays_in_range():
 
 @pytest.mark.parametrize("shape", [(24, 20), (20, 24), (24, 24), (200, 3)])
 def test_a_letterboxed_image_comes_back(shape):
-    """The picture fills its box, zeros the rest; cutting back gives its shape and, as it is smooth, its values."""
+    """The picture fills its box, zeros the rest; cutting back gives its shape and smooth values."""
     image = (1 + np.add.outer(np.linspace(0, 1, shape[0]), np.linspace(0, 1, shape[1]))).astype(np.float32)
     square, (top, left, height, width) = letterbox(image, 96)
     assert square.shape == (96, 96) and max(height, width) == 96

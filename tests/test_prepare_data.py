@@ -12,6 +12,7 @@ import pytest
 import constants as C
 import prepare_data
 from datasets.io import write_nifti
+from datasets.phantom import thorax_ct
 from tests.test_lungs import draw_chest
 from utils.config import UserError, hyperparameters
 
@@ -91,6 +92,21 @@ def test_size_seed_and_bend_change_the_images(run, xrays, tmp_path):
     assert not np.array_equal(pictures["plain"], pictures["bend"])
 
 
+def test_ct_volumes_become_pairs_too(run, tmp_path, capsys):
+    """--ct hands the CT settings over; --findings and the constants of the X-ray pairs count there too."""
+    hu, _ = thorax_ct(np.random.default_rng(0), (60, 36, 64), (6.0, 6.0, 6.0))
+    (tmp_path / "ct").mkdir()
+    volume = nib.Nifti1Image(hu.T[::-1, ::-1, ::-1], np.diag([6.0, 6.0, 6.0, 1.0]))
+    nib.save(volume, tmp_path / "ct" / "p1_scan.nii.gz")
+    run("pairs", "--ct", "--data", tmp_path / "ct", "--output", tmp_path / "out", "--per-image", 2,
+        "--size", 64, "--workers", 0, "--findings", "nodules=1",
+        "--set", "CT_SPACING_MM=6.0", "PAIR_DEVICES=1.0")
+    assert "2 pairs made and 0 kept; 1 images of 1 patients" in capsys.readouterr().out
+    for case in cases(tmp_path / "out"):
+        params = json.loads((case / "params.json").read_text())
+        assert len(params["findings"]) == 1 and all(params["devices"].values())
+
+
 @pytest.mark.parametrize("words, message", [
     (("--findings", "nodule"), "did you mean nodules"),
     (("--findings", "nodules=often"), "WORD=PROBABILITY"),
@@ -114,6 +130,7 @@ def test_a_mistake_is_one_line_that_names_it(run, xrays, tmp_path, words, messag
 def test_an_empty_folder_ends_with_code_2_and_one_line(tmp_path):
     """As a process: stderr holds the line alone, without a traceback."""
     words = ["pairs", "--data", tmp_path, "--output", tmp_path / "out"]
-    done = subprocess.run([sys.executable, "prepare_data.py", *words], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "prepare_data.py", *words], cwd=ROOT, capture_output=True,
+                          text=True)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1 and str(tmp_path) in done.stderr

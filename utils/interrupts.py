@@ -4,6 +4,12 @@ import signal
 import time
 
 
+def leave_to_parent(worker):
+    """For data-loading processes: a signal to the whole job is answered by the training process alone."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+
+
 class Interrupts:
     """SIGTERM asks to save and stop, SIGUSR1 to save and go on; the clock asks to save every ``minutes``.
 
