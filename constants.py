@@ -1,8 +1,8 @@
 """Every hyperparameter, one numbered section per subject; the scripts read them as ``C.NAME``.
 
-    1 Run              2 Optimisation      3 Schedules
-    4 Longitudinal data and training       5 Longitudinal model       6 Longitudinal losses
-    7 Longitudinal augmentation            8 Longitudinal pairs       9 Demo data
+    1 Run      2 Optimisation      3 Schedules
+    Longitudinal: 4 data and training   5 model   6 losses   7 inside the losses   8 augmentation   9 pairs
+    10 Longitudinal pairs from CT       11 Demo data
 
 Literals only.  For one run, ``-p PRESET`` overrides the values here and ``--set NAME=VALUE`` overrides both;
 the values used are written to ``training_params.json``.
@@ -17,7 +17,7 @@ ON_BAD_FILE = "stop"             # "stop" | "skip": the next readable case stand
 PRECISION = "bf16"               # "fp32" | "bf16" | "fp16" (with gradient scaling)
 CHANNELS_LAST = True             # memory format of convolutions
 COMPILE = False                  # torch.compile of the network
-STRATEGY = "ddp"                 # torchrun: "ddp" | "zero2" (gradients, moments sharded) | "fsdp" (weights too)
+STRATEGY = "ddp"                 # torchrun: "ddp" | "zero2" (shards gradients, moments) | "fsdp" (weights too)
 CHECKPOINT_MINUTES = 10.0        # between two writes of *_last.pt inside an epoch
 SAVE_EVERY_EPOCHS = 1            # keep *_epoch_N.pt of every n-th epoch; 0: only the best
 KEEP_TOP_K = 3                   # keep *_epoch_N.pt of the k epochs with the lowest validation loss
@@ -55,12 +55,12 @@ RESTART_T_MULT = 2               # cosine_restarts: growth of the cycles
 IMG_SIZE = 512                   # pixels, divisible by 32
 BATCH_SIZE = 4                   # image pairs per rank and micro-batch
 UPDATE_EVERY_BATCHES = 12        # micro-batches per optimizer step
-LONGITUDINAL_MIM_EPOCHS = 10
+LONGITUDINAL_MIM_EPOCHS = 10     # passes over the training pairs
 MAX_LR = 6e-4                    # peak learning rate
-WEIGHT_DECAY = 1e-2
+WEIGHT_DECAY = 1e-2              # of sgd, adam, adamw
 VAL_FRACTION = 0.15              # of the patients
 TEST_FRACTION = 0.15             # of the patients; never seen by training
-SPLIT_CSV = ""                   # columns patient, split (train | val | test); "": by hash of the patient
+SPLIT_CSV = ""                   # columns patient (or case), split (train|val|test); "": by hash of the patient
 CHANGE_THRESHOLD = 0.05          # |difference| above which a pixel counts as changed
 
 # ------------------------------------------------- 5 Longitudinal: model
@@ -70,7 +70,7 @@ DECODER_CHANNELS = [256, 192, 128, 64, 32]  # widths at strides 32, 16, 8, 4, 2;
 EFFICIENTNET_WEIGHTS = ""        # torchvision state dict (.pth); "": random
 VIT_WEIGHTS = ""                 # Hugging Face folder of a ViT or DINOv2 (RAD-DINO); "": random
 ANTISYMMETRIC = False            # swapping the images negates the map exactly
-DROPOUT = 0.1
+DROPOUT = 0.1                    # of whole channels of the deepest features
 ACTIVATION_CHECKPOINTING = False  # less memory, more time
 MASK_PATCH_SIZE = 128            # pixels, side of a hidden patch
 MASK_MODE = "single"             # "single": one patch of one image | "random": each patch by itself
@@ -101,8 +101,8 @@ CHANGE_WEIGHT = 10.0             # weight of a changed pixel in L1 and L2; an un
 DICE_TEMPERATURE = 0.05          # width of the soft threshold of the Dice term, in units of the map
 VGG_WEIGHTS = ""                 # file of torchvision's vgg19_bn weights (vgg19_bn-c79401a0.pth)
 GAN_START_EPOCH = 3              # first epoch with the discriminator
-GAN_LR = 2e-4
-GAN_WEIGHT_DECAY = 0.0
+GAN_LR = 2e-4                    # of the discriminator
+GAN_WEIGHT_DECAY = 0.0           # of the discriminator
 GAN_BETAS = [0.5, 0.999]         # of the discriminator's AdamW (Radford et al. 2016, arXiv:1511.06434)
 
 # --------------------------- 8 Longitudinal: augmentation, in training only
@@ -132,11 +132,27 @@ PAIR_LOCAL_CONTRAST = 0.4        # limit of the gain of details
 PAIR_NOISE = 0.015               # of the [0, 1] image: limit of the standard deviation of the grain
 PAIR_BLUR = 0.7                  # limit of sigma in pixels of a 256-pixel image
 
-# ------------------------------------------------------------- 10 Demo data
+# --------------------- 10 Longitudinal: pairs from CT (prepare_data.py pairs --ct)
+CT_SPACING_MM = 2.5              # isotropic voxels that volumes are resampled to
+CT_MARGIN_MM = 25.0              # around the lungs in the projected image
+CT_MAX_ANGLE = 17.5              # degrees: limit of the rotation about each axis, at each time
+CT_MAX_ANGLE_SUM = 37.5          # degrees: limit of the sum of |angles| over the three axes
+CT_ANGLE_POWER = 1.75            # angle = u^power * sign * limit, u uniform in [0, 1]
+CT_BOTH_PROBABILITY = 0.35       # of a finding to be there both times; else prior or current, evenly
+CT_CONSOLIDATION_CLUSTERS = [    # fewest, most balls; least, largest radius over the lung's height
+    [80, 400, 0.02, 0.05], [25, 70, 0.02, 0.09], [1, 3, 0.08, 0.25], [1, 2, 0.12, 0.4]]
+CT_CONSOLIDATION_HU = [          # scale, shift (HU)
+    [150, -30], [300, -300], [150, -300], [200, -150], [520, -400]]
+CT_NODULE_RADIUS_MM = [4.0, 15.0]         # least, largest
+CT_EFFUSION_HEIGHT = [0.06, 0.45]         # least, largest level over the lung's height
+CT_PNEUMOTHORAX_RIM_MM = [10.0, 45.0]     # least, largest width of the air, at the apex
+CT_CARDIOMEGALY_GROWTH_MM = [8.0, 30.0]   # least, largest, towards the left; 0.4 of it towards the right
+
+# ------------------------------------------------------------- 11 Demo data
 DEMO_DIR = "data/demo"           # made on first use
-DEMO_SIZE = 128                  # pixels per side
-DEMO_PATIENTS = 40
-DEMO_PAIRS_PER_PATIENT = 10      # shared out among the two images of a patient
+DEMO_SIZE = 128                  # pixels per side of the pairs, and about the width of the X-rays
+DEMO_PATIENTS = 40               # invented ones
+DEMO_PAIRS_PER_PATIENT = 10      # shared out among the two images of a patient; odd numbers are rounded up
 
 # A preset is chosen with -p NAME; it overrides the values above.
 PRESETS = {

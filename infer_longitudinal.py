@@ -31,7 +31,7 @@ from utils.device import autocast
 from utils.distributed import cleanup, is_main, load_model_state, rank, setup_distributed, world_size
 from utils.metrics import DESCRIPTIONS, ChangeMetrics, least_area, list_changes, table
 from utils.overlay import save_overlay
-from utils.registration import align_letterboxed, best_baseline
+from utils.registration import align, best_baseline
 from utils.tta import predict_tta
 
 PARTS = {"prior": "prior", "current": "current", "diff_map": "truth", "difference_map": "truth"}
@@ -79,7 +79,7 @@ def find_cases(args):
     return [("__".join(path.relative_to(args.data).parts), folders[path]) for path in sorted(folders)]
 
 
-def load_case(name, files, align):
+def load_case(name, files, register):
     """dict(name; prior, current, truth or None: [S, S] for the network; box of the letterbox; seen: prior and
     current in the current's shape; aligned: False where registration found nothing). Raises BadFile."""
     for part, fewest in (("prior", 1), ("current", 1), ("truth", 0)):
@@ -88,14 +88,14 @@ def load_case(name, files, align):
     images = {part: read_image(paths[0]) for part, paths in files.items()}
     shape = images["current"].shape
     for part, image in images.items():
-        if image.shape != shape and not (align and part == "prior"):
+        if image.shape != shape and not (register and part == "prior"):
             raise BadFile(f"{files[part][0]}: {image.shape} pixels, but the current image has {shape}"
                           + ("; use --register" if part == "prior" else ""))
     seen = [min_max(images["prior"]), min_max(images["current"])]
-    (prior, prior_box), (current, box) = (letterbox(image, C.IMG_SIZE) for image in seen)
+    (prior, _), (current, box) = (letterbox(image, C.IMG_SIZE) for image in seen)
     case = {"name": name, "prior": prior, "current": current, "box": box, "seen": seen, "aligned": True}
-    if align:
-        case["prior"], case["aligned"] = align_letterboxed(prior, prior_box, current, box)
+    if register:
+        case["prior"], case["aligned"] = align(prior, current)
         seen[0] = undo_letterbox(case["prior"], box, shape)
     return {**case, "truth": letterbox(images["truth"], C.IMG_SIZE)[0] if "truth" in images else None}
 

@@ -17,20 +17,20 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from datasets.augment import XrayAugment
-from datasets.longitudinal import LongitudinalMIMDataset, find_cases, split_cases
-from models.patch_gan import PatchDiscriminator
-from models.pretrained import load_efficientnet_weights, load_vit_weights
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import constants as C
+from datasets.augment import XrayAugment
+from datasets.longitudinal import LongitudinalMIMDataset, find_cases, split_cases
 from datasets.masking import PatchMask
 from datasets.samplers import ShardedSampler, count_real
 from losses.gan import discriminator_loss, generator_loss
 from losses.image import change_weight, fourier_loss, l1_loss, l2_loss, masked_l1, soft_dice_loss, ssim_loss
 from losses.perceptual import VGGLoss
 from models.longitudinal_mim import LongitudinalMIMModelBig
+from models.patch_gan import PatchDiscriminator
+from models.pretrained import load_efficientnet_weights, load_vit_weights
 from prepare_data import make_longitudinal_demo
 from utils import distributed
 from utils.checkpoint import copy_checkpoint, load_backbone, prune_epochs, save_checkpoint
@@ -64,7 +64,8 @@ def build_data(data, fast_dev_run):
             make_longitudinal_demo()
         distributed.barrier()
         data = Path(C.DEMO_DIR) / "longitudinal" / "pairs"
-    splits = split_cases(find_cases(data, C.ON_BAD_FILE), data, C.VAL_FRACTION, C.TEST_FRACTION, C.SPLIT_CSV or None)
+    cases = find_cases(data, C.ON_BAD_FILE)
+    splits = split_cases(cases, data, C.VAL_FRACTION, C.TEST_FRACTION, C.SPLIT_CSV or None)
     if fast_dev_run:
         splits = {name: cases[:C.BATCH_SIZE * distributed.world_size()] for name, cases in splits.items()}
     augment = XrayAugment(C.AUG_FLIP, C.AUG_ROTATION, C.AUG_SHIFT, C.AUG_SCALE,
@@ -249,7 +250,8 @@ def main():
     if distributed.is_main():
         trackers = Trackers(C.TRACKERS, run_dir, hyperparameters(C), step)
         write_training_params(
-            run_dir, C, preset=args.preset, overrides=args.set, kind=KIND, data=str(data), train_cases=len(train_set), val_cases=len(val_set),
+            run_dir, C, preset=args.preset, overrides=args.set, kind=KIND,
+            data=str(data), train_cases=len(train_set), val_cases=len(val_set),
             world_size=distributed.world_size(), device=str(device), parameters=parameters,
             effective_batch=C.BATCH_SIZE * C.UPDATE_EVERY_BATCHES * distributed.world_size(),
             steps_per_epoch=steps_per_epoch, total_steps=epochs * steps_per_epoch)

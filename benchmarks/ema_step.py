@@ -65,7 +65,7 @@ def main():
     torch.testing.assert_close(average.shadow[0], [p.detach() for p in peer_average.module.parameters()])
     mine, theirs = (statistics.median(seconds[step]) for step in (our_step, peer_step))
     count = sum(parameter.numel() for parameter in ours.parameters())
-    print(f"{count / 1e6:.1f} M parameters, equal results: ours {1e3 * mine:.1f} ms, peer {1e3 * theirs:.1f} ms")
+    print(f"{count / 1e6:.1f} M parameters, equal: ours {1e3 * mine:.1f} ms, peer {1e3 * theirs:.1f} ms")
     print(f"ratio: {theirs / mine:.2f} (peer / ours, median of {args.n})")
 
 

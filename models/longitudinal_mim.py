@@ -1,78 +1,14 @@
 """Difference map of two chest X-rays: shared encoder, difference attention, U-Net decoder."""
 
-from contextlib import contextmanager, nullcontext
-
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-import torchvision.models
-from torch.utils.checkpoint import checkpoint
-from torchvision.ops import Conv2dNormActivation
 
-from models.depthwise import DepthwiseConv2d
+from models.efficientnet import EfficientNetScales
 from models.vit import ViT, init_linear
 from utils.config import UserError
 
-EFFICIENTNETS = tuple(f"b{i}" for i in range(8))
-SCALE_STAGES = (1, 2, 3, 5, 7)                  # torchvision's last stages at strides 2, 4, 8, 16, 32
-GREY_MEAN, GREY_STD = 0.449, 0.226              # ImageNet's mean and deviation, averaged over colours
 HEAD_CHANNELS = 16                              # at full resolution, where every channel costs most
-
-
-class EfficientNetScales(nn.Module):
-    """EfficientNet for one-channel images that returns the features of every scale.
-
-    name: "b0" ... "b7"; raises UserError for another word.  The layers are torchvision's, without the
-    last 1x1 convolution and the classifier.  Stochastic depth is off: a block dropped for one of two
-    images only would make differences that are not there.  Tan & Le 2019, arXiv:1905.11946.
-    """
-
-    def __init__(self, name, checkpoint_activations=False):
-        super().__init__()
-        if name not in EFFICIENTNETS:
-            raise UserError(f'EFFICIENTNET is "{name}"; set it to one of b0 ... b7 in constants.py')
-        build = getattr(torchvision.models, f"efficientnet_{name}")
-        self.features = build(weights=None, stochastic_depth_prob=0.0).features[:-1]
-        stem = nn.Conv2d(1, self.features[0][0].out_channels, 3, stride=2, padding=1, bias=False)
-        nn.init.kaiming_normal_(stem.weight, mode="fan_out")
-        self.features[0][0] = stem
-        for layer in [m for m in self.features.modules() if isinstance(m, Conv2dNormActivation)]:
-            if layer[0].groups > 1:
-                old = layer[0]
-                layer[0] = DepthwiseConv2d(old.in_channels, old.kernel_size[0], old.stride[0])
-                layer[0].load_state_dict(old.state_dict())
-        self.channels = tuple(self.features[i][-1].out_channels for i in SCALE_STAGES)
-        self.checkpoint_activations = checkpoint_activations
-
-    def forward(self, images):
-        """images [B, 1, H, W] in [0, 1] -> list of five maps, at strides 2, 4, 8, 16, 32."""
-        x, scales = (images - GREY_MEAN) / GREY_STD, []
-        for i, stage in enumerate(self.features):
-            x = run(stage, x, self.checkpoint_activations and self.training)
-            if i in SCALE_STAGES:
-                scales.append(x)
-        return scales
-
-
-def run(module, x, recompute):
-    """module(x); with ``recompute`` its activations are computed again in the backward pass, not kept."""
-    if not recompute:
-        return module(x)
-    return checkpoint(module, x, use_reentrant=False,
-                      context_fn=lambda: (nullcontext(), keep_statistics(module)))
-
-
-@contextmanager
-def keep_statistics(module):
-    """Batch norms in ``module`` leave their running statistics alone, so that no batch is counted twice."""
-    momenta = {norm: norm.momentum for norm in module.modules() if isinstance(norm, nn.BatchNorm2d)}
-    for norm in momenta:
-        norm.momentum = 0.0
-    try:
-        yield
-    finally:
-        for norm, momentum in momenta.items():
-            norm.momentum = momentum
 
 
 class DifferenceAttention(nn.Module):
@@ -185,7 +121,7 @@ def upsample(x):
 def conv_norm(in_channels, out_channels):
     """3x3 convolution, GroupNorm in groups of 8 (training equals inference, at any batch size), SiLU."""
     return [nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False),
-            nn.GroupNorm(out_channels // 8, out_channels), nn.SiLU(inplace=True)]
+            nn.GroupNorm(out_channels // 8, out_channels), nn.SiLU()]
 
 
 def conv_block(in_channels, out_channels):

@@ -42,7 +42,7 @@ def whole(pairs, tmp_path_factory):
 
 
 def test_a_run_killed_inside_an_epoch_and_resumed_ends_bitwise_equal(whole, pairs, tmp_path):
-    """SIGKILL leaves no chance to tidy up; weights, moments, averages, random state and history are the same."""
+    """SIGKILL leaves no chance to tidy up; weights, moments, averages, random state and history are equal."""
     run = tmp_path / "killed"
     process = start(run, pairs)
     wait_for_save(run / LAST, process)
@@ -76,6 +76,12 @@ def test_a_damaged_last_checkpoint_is_named_and_the_newest_sound_one_used(train,
     assert f"Damaged, passed over: {run / LAST}" in printed and f"{run}/longitudinal_mim_best.pt" in printed
 
 
+def save_prior(root, array):
+    """Replace the prior image of the first case."""
+    image = nibabel.Nifti1Image(array.astype(np.float32), np.eye(4))
+    nibabel.save(image, root / "p00_a" / "prior.nii.gz")
+
+
 # Each writes one fault into a folder of pairs.
 
 def truncated(root):
@@ -84,16 +90,15 @@ def truncated(root):
 
 
 def volume(root):
-    nibabel.save(nibabel.Nifti1Image(np.zeros((64, 64, 5), np.float32), np.eye(4)), root / "p00_a" / "prior.nii.gz")
+    save_prior(root, np.zeros((64, 64, 5)))
 
 
 def other_size(root):
-    nibabel.save(nibabel.Nifti1Image(np.zeros((64, 32), np.float32), np.eye(4)), root / "p00_a" / "prior.nii.gz")
+    save_prior(root, np.zeros((64, 32)))
 
 
 def not_a_number(root):
-    nibabel.save(nibabel.Nifti1Image(np.full((64, 64), np.nan, np.float32), np.eye(4)),
-                 root / "p00_a" / "prior.nii.gz")
+    save_prior(root, np.full((64, 64), np.nan))
 
 
 def missing(root):
@@ -173,10 +178,11 @@ def test_a_wrong_checkpoint_is_refused_in_one_line(content, refused, pairs, tmp_
         torch.save({"kind": "jepa", "format_version": 1, "model_state_dict": {}, "constants": {}}, path)
     elif content == "tensor":
         torch.save(torch.zeros(3), path)
-    for words in [["longitudinal_MIM_training", "-n", "a", "-c", path, "--data", pairs, "--set", *SMALL,
-                   f"RUNS_DIR={tmp_path}"],
-                  ["infer_longitudinal", "--checkpoint", path, "--data", pairs, "--output", tmp_path / "out"]]:
-        assert str(path) in refused(*words)
+    line = refused("longitudinal_MIM_training", "-n", "a", "-c", path, "--data", pairs,
+                   "--set", *SMALL, f"RUNS_DIR={tmp_path}")
+    assert str(path) in line
+    line = refused("infer_longitudinal", "--checkpoint", path, "--data", pairs, "--output", tmp_path / "out")
+    assert str(path) in line
     assert not (tmp_path / "executed").exists()
 
 
@@ -190,6 +196,6 @@ def test_a_checkpoint_of_another_network_is_refused(train, refused, pairs):
 
 def test_a_loss_that_is_not_finite_stops_the_run(refused, pairs, tmp_path):
     """The step, the terms and the cases are named, and the weights on disk stay finite."""
-    line = refused("longitudinal_MIM_training", "-n", "a", "--data", pairs, "--set", *SMALL, f"RUNS_DIR={tmp_path}",
-                   "LAMBDA_L2=1e999")
+    line = refused("longitudinal_MIM_training", "-n", "a", "--data", pairs,
+                   "--set", *SMALL, f"RUNS_DIR={tmp_path}", "LAMBDA_L2=1e999")
     assert "step 1" in line and "L2=" in line and "p0" in line

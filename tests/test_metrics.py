@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from scipy import ndimage
 
-from utils.metrics import DESCRIPTIONS, ChangeMetrics, component_overlap, table
+from utils.metrics import DESCRIPTIONS, ChangeMetrics, component_overlap, list_changes, table
 
 
 def smooth_maps(count, size=48, seed=0):
@@ -95,6 +95,24 @@ def test_component_shares_equal_a_loop_over_scipy_labels():
     labels, count = ndimage.label(mask, np.ones((3, 3)))
     expected = [other[labels == k].mean() for k in range(1, count + 1) if (labels == k).sum() >= 2]
     assert sorted(component_overlap(mask, other, 2)) == pytest.approx(sorted(expected))
+
+
+def test_changes_are_listed_largest_first_with_scipys_figures():
+    """Area, centroid and mean of each component of one sign, those below the least area left out."""
+    diff = smooth_maps(1, seed=4)[0, 0].numpy()
+    expected = []
+    for sign, changed in (("new", diff > 0.05), ("resolved", diff < -0.05)):
+        labels, count = ndimage.label(changed, np.ones((3, 3)))
+        for mask in (labels == k for k in range(1, count + 1)):
+            if mask.sum() >= 9:
+                expected.append((-mask.sum(), *ndimage.center_of_mass(mask), diff[mask].mean(), sign))
+    rows = list_changes(diff, 0.05, 9)
+    assert [row["component"] for row in rows] == list(range(1, len(expected) + 1))
+    found = [(-row["area_px"], row["centroid_row"], row["centroid_column"], row["mean"]) for row in rows]
+    assert [row[0] for row in found] == sorted(row[0] for row in found)
+    assert np.array(sorted(found)) == pytest.approx(np.array([row[:4] for row in sorted(expected)]), rel=1e-4)
+    assert sorted(row["sign"] for row in rows) == sorted(row[4] for row in expected)
+    assert all(row["area_fraction"] == row["area_px"] / 48 ** 2 for row in rows)
 
 
 def test_an_unchanged_pair_counts_in_the_false_figures_alone():

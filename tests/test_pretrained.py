@@ -7,7 +7,7 @@ import torch
 import torchvision.models
 from transformers import Dinov2Config, Dinov2Model, ViTConfig, ViTForImageClassification, ViTModel
 
-from models.longitudinal_mim import GREY_MEAN, GREY_STD, SCALE_STAGES, EfficientNetScales
+from models.efficientnet import GREY_MEAN, GREY_STD, SCALE_STAGES, EfficientNetScales
 from models.pretrained import load_efficientnet_weights, load_vit_weights
 from models.vit import ViT
 from utils.config import BadFile, UserError

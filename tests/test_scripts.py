@@ -7,10 +7,10 @@ import signal
 
 import pytest
 import torch
-from datasets.longitudinal import find_cases
 
 import constants as C
 import longitudinal_MIM_training as script_module
+from datasets.longitudinal import find_cases
 from utils.config import UserError
 
 LAST = "longitudinal_mim_last.pt"
@@ -34,23 +34,25 @@ def test_a_run_leaves_everything_that_is_promised(train, capsys):
     """Checkpoints, the record, the table, both curves, sample pictures, and lines in the guide's format."""
     run = train("whole", "SAVE_EVERY_EPOCHS=1", "SAMPLES_PER_EPOCH=2", "TRACKERS=['tensorboard']")
     names = {path.name for path in run.iterdir()}
-    assert names >= {LAST, "longitudinal_mim_best.pt", "longitudinal_mim_epoch_1.pt", "longitudinal_mim_epoch_2.pt",
-                     "training_params.json", "metrics.csv", "loss_curves.png", "detailed_loss_curves.png", "tb"}
+    assert names >= {LAST, "longitudinal_mim_best.pt", "longitudinal_mim_epoch_1.pt",
+                     "longitudinal_mim_epoch_2.pt", "training_params.json", "metrics.csv", "loss_curves.png",
+                     "detailed_loss_curves.png", "tb"}
     assert {path.name for path in (run / "samples").iterdir()} == {"epoch_1.png", "epoch_2.png"}
     checkpoint = torch.load(run / LAST, weights_only=True)
     assert set(checkpoint) >= {
-        "model_state_dict", "ema_state_dict", "optimizer_state_dict", "scheduler_state_dict", "scaler_state_dict",
-        "epoch", "step", "batch_in_epoch", "train_loss", "val_loss", "best", "history", "rng_state", "constants",
-        "kind", "format_version"}
+        "model_state_dict", "ema_state_dict", "optimizer_state_dict", "scheduler_state_dict",
+        "scaler_state_dict", "epoch", "step", "batch_in_epoch", "train_loss", "val_loss", "best", "history",
+        "rng_state", "constants", "kind", "format_version"}
     assert checkpoint["kind"] == "longitudinal_mim" and checkpoint["epoch"] == 2
     params = json.loads((run / "training_params.json").read_text())
     assert params["effective_batch"] == 4 and params["train_cases"] > 0 and len(params["constants"]) >= 40
     with open(run / "metrics.csv") as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 2 and {"train/L1", "train/L2", "train/Dice", "val/loss", "val/dice", "lr"} <= set(rows[0])
+    assert len(rows) == 2
+    assert {"train/L1", "train/L2", "train/Dice", "val/loss", "val/dice", "lr"} <= set(rows[0])
     printed = capsys.readouterr().out
-    for line in ["Epoch 1/2", "] Train Loss: 0.", " | L1: ", "Epoch 1 Complete: Train Loss: ", " | Val Loss: ",
-                 "Saved checkpoint: longitudinal_mim_epoch_2.pt"]:
+    for line in ["Epoch 1/2", "] Train Loss: 0.", " | L1: ", "Epoch 1 Complete: Train Loss: ",
+                 " | Val Loss: ", "Saved checkpoint: longitudinal_mim_epoch_2.pt"]:
         assert line in printed
 
 
@@ -161,7 +163,8 @@ def test_gan_state_is_saved_and_resumed(train):
     whole = train("whole", *settings, "SAVE_EVERY_EPOCHS=1")
     with open(whole / "metrics.csv") as file:
         rows = list(csv.DictReader(file))
-    assert rows[0]["train/GAN"] == "" and float(rows[1]["train/GAN"]) > 0 and float(rows[1]["train/Discriminator"]) > 0
+    assert rows[0]["train/GAN"] == ""
+    assert float(rows[1]["train/GAN"]) > 0 and float(rows[1]["train/Discriminator"]) > 0
     branch = train("branch", *settings, words=["-c", whole / "longitudinal_mim_epoch_1.pt"])
     assert states_differ(whole / LAST, branch / LAST) == []
 

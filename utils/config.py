@@ -23,7 +23,7 @@ class BadFile(UserError):
 
 
 def run_script(main):
-    """Call ``main``; a UserError ends the process with one line on stderr and exit code 2.
+    """Call ``main``; a UserError ends the process with one line on stderr and exit code 2, Ctrl-C with 130.
 
     An error raised in a data-loading process arrives with that process's traceback in front, whose last line
     is the message.
@@ -36,6 +36,9 @@ def run_script(main):
             line = line.removeprefix(f"{kind.__module__}.{kind.__name__}: ")
         print(f"error: {line}", file=sys.stderr, flush=True)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        sys.exit(130)
 
 
 def training_parser(doc):

@@ -34,14 +34,17 @@ def setup_distributed():
 
 
 def rank():
+    """Number of this process, 0 without torchrun."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size():
+    """Number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def is_main():
+    """Whether this process prints and writes."""
     return rank() == 0
 
 

@@ -23,7 +23,7 @@ def batch_line(batch, num_batches, means):
 
 
 def epoch_line(row):
-    """``Epoch 1 Complete: Train Loss: 0.0198 | Val Loss: 0.0187``, then the metrics (lower-case ``val/`` names)."""
+    """``Epoch 1 Complete: Train Loss: 0.0198 | Val Loss: 0.0187``, then the lower-case ``val/`` metrics."""
     metrics = {name.removeprefix("val/"): value for name, value in row.items()
                if name.startswith("val/") and name.islower() and name != "val/loss"}
     shown = "".join(f" | {name}: {value:.3f}" for name, value in metrics.items())

@@ -137,47 +137,55 @@ def climb(parameters, moving, fixed, aspect, free):
     return torch.cat([torch.from_numpy(end.x).float(), parameters[free:]])
 
 
-def align_letterboxed(prior, prior_box, current, current_box):
-    """Register two letterboxed images by what they show, not by the bars around it.
+def align(prior, current):
+    """Register two images by what they show, not by the black bars that a letterbox put around it.
 
-    prior, current: arrays [S, S]; boxes (top, left, height, width) of the pictures in them. Returns (the
-    prior [S, S] within the current's box, zero around it; whether a better pose than the first was found).
+    prior, current: float arrays [H, W] >= 0. Returns (prior [H, W] where the current's picture is, zero around
+    it; whether a better pose than the first was found).
     """
+    boxes = picture_box(prior), picture_box(current)
     filled = []
-    for image, (top, left, height, width) in ((prior, prior_box), (current, current_box)):
-        bars = ((top, len(image) - top - height), (left, len(image) - left - width))
-        filled.append(torch.from_numpy(np.pad(image[top:top + height, left:left + width], bars, mode="edge")))
+    for image, (rows, columns) in zip((prior, current), boxes, strict=True):
+        bars = [(s.start, n - s.stop) for s, n in zip((rows, columns), image.shape, strict=True)]
+        filled.append(torch.from_numpy(np.pad(image[rows, columns], bars, mode="edge")))
     result = register(*filled)
-    top, left, height, width = current_box
     framed = np.zeros_like(prior)
-    framed[top:top + height, left:left + width] = result.warped[top:top + height, left:left + width].numpy()
+    framed[boxes[1]] = result.warped.numpy()[boxes[1]]
     return framed, result.aligned
+
+
+def picture_box(image):
+    """Slices (rows, columns) of an image [H, W] >= 0 without the rows and columns of zeros around it."""
+    box = []
+    for axis in (1, 0):
+        used = np.flatnonzero(image.max(axis=axis))
+        box.append(slice(used[0], used[-1] + 1) if len(used) else slice(0, image.shape[1 - axis]))
+    return tuple(box)
 
 
 def subtraction_baseline(prior, current, sigma):
     """current - prior, the prior registered to it and brought to its histogram, smoothed by a Gaussian.
 
-    prior, current: arrays or tensors [H, W] in [0, 1]; sigma in pixels -> array [H, W] in [-1, 1].
+    prior, current: float arrays [H, W] in [0, 1]; sigma in pixels -> array [H, W] in [-1, 1].
     """
     return gaussian(registered_difference(prior, current), sigma)
 
 
 def registered_difference(prior, current):
     """``subtraction_baseline`` before it is smoothed."""
-    warped = register(torch.as_tensor(prior), torch.as_tensor(current)).warped.numpy()
-    return np.asarray(current) - match_histograms(warped, np.asarray(current))
+    return current - match_histograms(align(prior, current)[0], current)
 
 
 def best_baseline(pairs, target_threshold=0.05, min_area=None, thresholds=THRESHOLDS, sigmas=SIGMAS):
-    """``subtraction_baseline`` at its strongest on pairs of (prior, current, truth), each [H, W].
+    """``subtraction_baseline`` at its strongest on pairs of (prior, current, truth), arrays [H, W].
 
     Of all sigmas (shares of the image side) and thresholds it takes those with the highest mean Dice over
     both signs on the very pairs that are measured, which is generous to the baseline. Returns dict(metrics,
-    sigma in pixels, threshold); for the metrics the maps are rescaled so that the chosen threshold lies at
-    ``target_threshold``, where the model's is.
+    sigma in pixels, threshold). For what counts pixels the maps are rescaled so that the chosen threshold
+    lies at ``target_threshold``, where the model's is; errors and SSIM are those of the maps as they are.
     """
     raw = [registered_difference(prior, current) for prior, current, _ in pairs]
-    truths = [np.asarray(truth) for _, _, truth in pairs]
+    truths = [truth for _, _, truth in pairs]
     best = (-math.inf,)
     for sigma in [share * max(raw[0].shape) for share in sigmas]:
         smooth = [gaussian(diff, sigma) for diff in raw]
@@ -186,12 +194,14 @@ def best_baseline(pairs, target_threshold=0.05, min_area=None, thresholds=THRESH
             dice = [signed_dice(*pair, target_threshold) for pair in zip(maps, truths, strict=True)]
             score = np.mean([value for value in dice if value is not None] or [0.0])
             if score > best[0]:
-                best = score, maps, sigma, threshold
-    _, maps, sigma, threshold = best
-    metrics = ChangeMetrics(target_threshold, min_area)
-    for pred, truth in zip(maps, truths, strict=True):
-        metrics.update(pred[None, None], truth[None, None])
-    return {"metrics": metrics.compute(), "sigma": sigma, "threshold": threshold}
+                best = score, maps, smooth, sigma, threshold
+    _, maps, smooth, sigma, threshold = best
+    rescaled, plain = ChangeMetrics(target_threshold, min_area), ChangeMetrics(target_threshold, min_area)
+    for pred, diff, truth in zip(maps, smooth, truths, strict=True):
+        rescaled.update(pred[None, None], truth[None, None])
+        plain.update(diff[None, None], truth[None, None])
+    of_values = {name: plain.compute()[name] for name in ("mae_inside", "mae_outside", "ssim")}
+    return {"metrics": {**rescaled.compute(), **of_values}, "sigma": sigma, "threshold": threshold}
 
 
 def signed_dice(pred, truth, threshold):

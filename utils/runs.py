@@ -51,8 +51,8 @@ def open_run(runs_dir, name, checkpoint, kind):
 def resume_position(checkpoint, num_batches, every):
     """(epoch, batch) to go on from; an epoch counts as done when its validation stands in the history.
 
-    num_batches: micro-batches of an epoch now; with another batch or world size than the checkpoint's, the run
-    goes on at the same share of the epoch, at the start of a group of ``every`` micro-batches.
+    num_batches: micro-batches of an epoch now; with another batch or world size than the checkpoint's, the
+    run goes on at the same share of the epoch, at the start of a group of ``every`` micro-batches.
     """
     epoch, batch, history = checkpoint["epoch"], checkpoint["batch_in_epoch"], checkpoint["history"]
     if history and history[-1]["epoch"] == epoch:
