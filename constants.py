@@ -162,6 +162,6 @@ PRESETS = {
         "DECODER_CHANNELS": [128, 96, 64, 48, 32], "EMA_DECAY": 0.99},
     "xray_256": {                # an hour on two CPU cores
         "EFFICIENTNET": "b0", "VIT": "tiny", "IMG_SIZE": 256, "MASK_PATCH_SIZE": 64, "BATCH_SIZE": 8,
-        "UPDATE_EVERY_BATCHES": 1, "LONGITUDINAL_MIM_EPOCHS": 10, "MAX_LR": 1e-3,
+        "UPDATE_EVERY_BATCHES": 1, "LONGITUDINAL_MIM_EPOCHS": 6, "MAX_LR": 1e-3,
         "DECODER_CHANNELS": [128, 96, 64, 48, 32], "EMA_DECAY": 0.995},
 }

@@ -6,16 +6,17 @@
         --prior 2021.dcm --current 2022.png --register --tta 8
     torchrun --nproc_per_node=4 infer_longitudinal.py --checkpoint PATH --output DIR --data DIR
 
---data holds case folders with prior and current (NIfTI, PNG, JPEG, TIFF or DICOM) and, where it is known,
-diff_map. Written to --output, in the frame and size of the current image: <case>_diff.nii.gz (positive is
-new, negative resolved), <case>_overlay.png, with --tta <case>_uncertainty.nii.gz, and changes.csv. Where the
-map is known also metrics.csv and a table. Cases that cannot be used are skipped and listed in bad_files.csv.
+--data holds case folders with prior, current (NIfTI, PNG, JPEG, TIFF, DICOM) and, if it is known, diff_map.
+Writes <case>_diff.nii.gz (in the frame of the current image; positive is new, negative resolved, zero where
+the prior did not reach), <case>_overlay.png, <case>_uncertainty.nii.gz (--tta), changes.csv, metrics.csv (of
+known maps) and bad_files.csv (cases that cannot be used are skipped).
 """
 
 import argparse
 import csv
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
@@ -42,7 +43,7 @@ def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--checkpoint", required=True, metavar="PATH", help="a longitudinal_mim_*.pt")
-    add("--output", required=True, metavar="DIR", help="folder for maps, pictures and tables")
+    add("--output", required=True, type=Path, metavar="DIR", help="folder for maps, pictures and tables")
     add("--prior", metavar="FILE", help="earlier image of one pair")
     add("--current", metavar="FILE", help="later image of one pair")
     add("--data", metavar="DIR", help="folder of case folders")
@@ -68,8 +69,7 @@ def find_cases(args):
         return [(Path(args.current).name.split(".")[0], {"prior": [args.prior], "current": [args.current]})]
     folders = {}
     for path in image_files(args.data):
-        part = PARTS.get(path.name.split(".")[0])
-        if part and path.parent != Path(args.data):
+        if (part := PARTS.get(path.name.split(".")[0])) and path.parent != Path(args.data):
             folders.setdefault(path.parent, {}).setdefault(part, []).append(path)
     if folders and args.split != "all":
         splits = split_cases(list(folders), args.data, C.VAL_FRACTION, C.TEST_FRACTION, C.SPLIT_CSV or None)
@@ -80,8 +80,8 @@ def find_cases(args):
 
 
 def load_case(name, files, register):
-    """dict(name; prior, current, truth or None: [S, S] for the network; box of the letterbox; seen: prior and
-    current in the current's shape; aligned: False where registration found nothing). Raises BadFile."""
+    """dict(name; prior, current, truth or None: [S, S] for the network; covered [S, S]: what both saw; box of
+    the letterbox; seen: prior and current in the current's shape; aligned). Raises BadFile."""
     for part, fewest in (("prior", 1), ("current", 1), ("truth", 0)):
         if not fewest <= len(files.get(part, [])) <= 1:
             raise BadFile(f"{name}: {len(files.get(part, []))} images for {part} where there must be one")
@@ -89,33 +89,33 @@ def load_case(name, files, register):
     shape = images["current"].shape
     for part, image in images.items():
         if image.shape != shape and not (register and part == "prior"):
-            raise BadFile(f"{files[part][0]}: {image.shape} pixels, but the current image has {shape}"
-                          + ("; use --register" if part == "prior" else ""))
-    seen = [min_max(images["prior"]), min_max(images["current"])]
-    (prior, _), (current, box) = (letterbox(image, C.IMG_SIZE) for image in seen)
-    case = {"name": name, "prior": prior, "current": current, "box": box, "seen": seen, "aligned": True}
+            hint = "; use --register" if part == "prior" else ""
+            raise BadFile(f"{files[part][0]}: {image.shape} pixels, the current image has {shape}{hint}")
+    seen, covered, aligned = [min_max(images["prior"]), min_max(images["current"])], np.ones(shape), True
     if register:
-        case["prior"], case["aligned"] = align(prior, current)
-        seen[0] = undo_letterbox(case["prior"], box, shape)
-    return {**case, "truth": letterbox(images["truth"], C.IMG_SIZE)[0] if "truth" in images else None}
+        (prior, _), (current, box) = (letterbox(image, max(shape)) for image in seen)
+        prior, covered, aligned = align(prior, current)
+        seen[0], covered = (undo_letterbox(image, box, shape) for image in (prior, covered))
+    (prior, _), (current, box), (inside, _) = (letterbox(image, C.IMG_SIZE) for image in (*seen, covered))
+    truth = letterbox(images["truth"], C.IMG_SIZE)[0] if "truth" in images else None
+    return {"name": name, "prior": prior, "current": current, "truth": truth, "covered": inside > 0.5,
+            "box": box, "seen": (seen[0] * covered, seen[1]), "aligned": aligned}
 
 
-def save_case(case, pred, deviation, output, args):
+def save_case(case, pred, deviation, path, args):
     """Write the maps and the picture of one case; its rows of changes.csv. pred, deviation: arrays [S, S]."""
     diff, truth, uncertainty = (
         None if x is None else undo_letterbox(x, case["box"], case["seen"][1].shape)
         for x in (pred, case["truth"], deviation if args.tta > 1 else None))
-    path = output / case["name"]
     write_nifti(f"{path}_diff.nii.gz", diff)
     if uncertainty is not None:
         write_nifti(f"{path}_uncertainty.nii.gz", uncertainty)
     save_overlay(f"{path}_overlay.png", *case["seen"], diff, truth, uncertainty, args.threshold)
-    enlarged = diff.size / (case["box"][2] * case["box"][3])
-    changes = list_changes(diff, args.threshold, least_area(pred.shape, args.min_area) * enlarged)
-    return [{"case": case["name"], **change} for change in changes]
+    floor = least_area(pred.shape, args.min_area) * diff.size / (case["box"][2] * case["box"][3])
+    return [{"case": case["name"], **change} for change in list_changes(diff, args.threshold, floor)]
 
 
-def run_cases(model, cases, device, output, metrics, args):
+def run_cases(model, cases, device, metrics, args):
     """Predict, save and measure this rank's cases; lists of what the tables need."""
     results = {"done": [], "bad": [], "changes": [], "measured": [], "pairs": []}
     for start in tqdm(range(0, len(cases), args.batch_size), "batches", disable=None if is_main() else True):
@@ -131,7 +131,8 @@ def run_cases(model, cases, device, output, metrics, args):
                   for key in ("prior", "current")]                                          # [B, 1, S, S]
         maps = (x.cpu().numpy()[:, 0] for x in predict_tta(model, *images, args.tta))
         for case, pred, deviation in zip(batch, *maps, strict=True):
-            results["changes"] += save_case(case, pred, deviation, output, args)
+            pred = pred * case["covered"]                                   # what was not seen is not new
+            results["changes"] += save_case(case, pred, deviation, args.output / case["name"], args)
             results["done"].append((case["name"], case["aligned"]))
             if case["truth"] is not None:
                 figures, = metrics.update(pred[None, None], case["truth"][None, None])
@@ -142,57 +143,56 @@ def run_cases(model, cases, device, output, metrics, args):
 
 
 def write_csv(path, columns, rows):
+    """Write rows, dicts with the key case, in the order of the cases."""
     with open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(sorted(rows, key=lambda row: row["case"]))
 
 
-def report(results, metrics, output, args):
+def report(results, metrics, args):
     """Write the tables of all ranks' results, and print the metrics and where things lie."""
-    list_bad_files(output, sorted(results["bad"]))
+    list_bad_files(args.output, sorted(results["bad"]))
     if not results["done"]:
         raise UserError(f"{'none of the cases can be used; ' if args.data else ''}{min(results['bad'])[1]}")
-    write_csv(output / "changes.csv", CHANGES, results["changes"])
+    write_csv(args.output / "changes.csv", CHANGES, results["changes"])
     if results["measured"]:
-        write_csv(output / "metrics.csv", ("case", *DESCRIPTIONS), results["measured"])
+        write_csv(args.output / "metrics.csv", ("case", *DESCRIPTIONS), results["measured"])
         rows = {"model": metrics.compute()}
         if args.baseline:
             best = best_baseline(results["pairs"], args.threshold, args.min_area)
             rows["subtraction"] = best["metrics"]
             print(f"subtraction: registered, histogram-matched, smoothed by {best['sigma']:.1f} px, |d| > "
                   f"{best['threshold']}, both chosen for the highest Dice on these very cases")
-        print(f"{len(results['measured'])} cases with a known map, changed where |d| > {args.threshold}:")
-        print(table(rows))
+        print(f"{len(results['measured'])} cases with known map, threshold {args.threshold}:\n{table(rows)}")
     for name in sorted(name for name, aligned in results["done"] if not aligned):
         print(f"{name}: left as it was, no better alignment was found")
     print(f"{len(results['done'])} cases, {len(results['changes'])} changes, {len(results['bad'])} bad cases "
-          f"skipped; tables in {output}, pictures {output}/*_overlay.png")
+          f"skipped; tables in {args.output}, pictures {args.output}/*_overlay.png")
 
 
 def main():
-    args = parse_args()
-    device = setup_distributed()
+    args, device = parse_args(), setup_distributed()
     device = torch.device(args.device or device)
     checkpoint = load_checkpoint(args.checkpoint, KIND)
     restore_constants(C, checkpoint["constants"])
     model = build_model()
     load_model_state(model, checkpoint.get("ema_state_dict") or checkpoint["model_state_dict"])
     model = autocast(device, C.PRECISION)(model.to(device).eval())
+
     cases = find_cases(args)
     if args.baseline and not any("truth" in files for _, files in cases):
         raise UserError("--baseline: no case has a diff_map to measure with; leave it out")
-    output = Path(args.output)
-    output.mkdir(parents=True, exist_ok=True)
+    args.output.mkdir(parents=True, exist_ok=True)
     metrics = ChangeMetrics(args.threshold, args.min_area)
-    results = run_cases(model, cases[rank()::world_size()], device, output, metrics, args)
+    results = run_cases(model, cases[rank()::world_size()], device, metrics, args)
     metrics.reduce()
     if world_size() > 1:
         parts = [None] * world_size()
         dist.all_gather_object(parts, results)
         results = {key: sum((part[key] for part in parts), []) for key in results}
     if is_main():
-        report(results, metrics, output, args)
+        report(results, metrics, args)
     cleanup()
 
 

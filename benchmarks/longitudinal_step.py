@@ -2,9 +2,9 @@
 
     python benchmarks/longitudinal_step.py --n 3
 
-ours    bfloat16 autocast, channels_last, fused AdamW, DepthwiseConv2d as the network is built
-flags   the same precision, format and optimizer with torch's own depthwise convolution
-peer    the same network in contiguous float32 with torch's default AdamW
+ours    bfloat16 autocast, channels_last, fused AdamW, the layers of models/efficientnet.py
+flags   the same precision, format and optimizer with torchvision's own layers
+peer    the same network with torchvision's own layers in contiguous float32 with torch's default AdamW
 
 A step is forward, L1 + L2 + soft Dice, backward, clipping, AdamW, EMA.  Every step starts from the same
 weights, so the losses must agree.  Peak memory is that of our step in a process of its own.
@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from losses.image import l1_loss, l2_loss, soft_dice_loss
 from models.depthwise import DepthwiseConv2d
+from models.efficientnet import SpatialMean
 from models.longitudinal_mim import LongitudinalMIMModelBig
 from utils.ema import EMA
 from utils.optim import build_optimizer, parameter_groups
@@ -59,19 +60,23 @@ def build_batch(args):
     return prior, current, 0.3 * disc.expand_as(prior)
 
 
-def set_depthwise(model, own):
-    """Compute depthwise layers by our forward pass (own) or by nn.Conv2d's."""
-    for layer in model.modules():
-        if isinstance(layer, DepthwiseConv2d):
+def set_layers(model, own):
+    """Compute the encoder's layers as models/efficientnet.py does (own) or as torchvision does."""
+    for layer in model.encoder.modules():
+        if isinstance(layer, torch.nn.SiLU):
+            layer.inplace = not own
+        elif isinstance(layer, DepthwiseConv2d | SpatialMean):
             vars(layer).pop("forward", None)
-            if not own:
+            if not own and isinstance(layer, DepthwiseConv2d):
                 layer.forward = torch.nn.Conv2d.forward.__get__(layer)
+            elif not own:
+                layer.forward = torch.nn.AdaptiveAvgPool2d.forward.__get__(torch.nn.AdaptiveAvgPool2d(1))
 
 
 def set_up(model, name):
     """Bring the one network into the memory format and layers of a variant."""
     model.to(memory_format=torch.contiguous_format if name == "peer" else torch.channels_last)
-    set_depthwise(model, own=name != "flags")
+    set_layers(model, own=name == "ours")
 
 
 def build_optimizer_of(model, name):

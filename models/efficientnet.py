@@ -18,8 +18,8 @@ GREY_MEAN, GREY_STD = 0.449, 0.226              # ImageNet's mean and deviation,
 class EfficientNetScales(nn.Module):
     """EfficientNet for one-channel images that returns the features of every scale.
 
-    name: "b0" ... "b7"; raises UserError for another word.  checkpoint_activations: recompute each stage in the
-    backward pass.  The layers are torchvision's, without the last 1x1 convolution and the classifier.
+    name: "b0" ... "b7"; raises UserError for another word.  checkpoint_activations: recompute each stage in
+    the backward pass.  The layers are torchvision's, without the last 1x1 convolution and the classifier.
     Stochastic depth is off: a block dropped for one of two compared images only would make differences
     that are not there.  Tan & Le 2019, arXiv:1905.11946.
     """
@@ -48,7 +48,7 @@ class EfficientNetScales(nn.Module):
 
 
 def use_fast_layers(module):
-    """Exchange layers within torchvision's blocks for equal ones that train faster; parameters keep their names."""
+    """Exchange layers of torchvision's blocks for equal ones that train faster; weights keep their names."""
     for layer in list(module.modules()):
         if isinstance(layer, Conv2dNormActivation) and layer[0].groups > 1:
             old = layer[0]
@@ -57,7 +57,7 @@ def use_fast_layers(module):
         elif isinstance(layer, SqueezeExcitation):
             layer.avgpool = SpatialMean()
         elif isinstance(layer, nn.SiLU):
-            layer.inplace = False                    # in place, its input is first copied for the backward pass
+            layer.inplace = False              # in place, its input is first copied for the backward pass
 
 
 class SpatialMean(nn.Module):

@@ -102,9 +102,14 @@ def test_bars_around_the_images_neither_guide_nor_follow_the_alignment():
     fixed = warp(moving, true)
     prior, current = torch.zeros(160, 160), torch.zeros(160, 160)
     prior[:, 20:150], current[25:140] = moving[:, 20:150], fixed[25:140]
-    framed, aligned = align(prior.numpy(), current.numpy())
+    framed, covered, aligned = align(prior.numpy(), current.numpy())
     assert aligned and not framed[:25].any() and not framed[140:].any()
     assert np.abs(framed - current.numpy())[30:135, 40:130].mean() < 0.01 and framed[25:140].min() > 0
+
+    columns = torch.zeros(160, 160)
+    columns[:, 20:150] = 1.0                                # what the prior shows, moved as it was
+    expected = warp_affine(columns[None, None], true[None, :2].float(), (160, 160))[0, 0].numpy() > 0.5
+    assert (covered == expected).mean() > 0.98
 
 
 def changed_pairs(count=3):

@@ -16,6 +16,7 @@ from utils.metrics import ChangeMetrics
 
 LEVELS = (32, 64, 128)                              # longer side in pixels, coarse to fine
 MAX_STEPS = 30                                      # of the optimiser, per level
+TOLERANCE = 1e-5                                    # relative gain below which a level is left
 SEARCH_ANGLES = (-0.2, -0.1, 0.0, 0.1, 0.2)         # radians
 SEARCH_SCALES = (-0.3, -0.15, 0.0, 0.15, 0.3)       # log of the scale: 0.74 to 1.35
 SEARCH_SHIFTS = (-0.3, -0.15, 0.0, 0.15, 0.3)       # half image sides
@@ -133,15 +134,16 @@ def climb(parameters, moving, fixed, aspect, free):
 
     with torch.enable_grad():
         end = minimize(loss, parameters[:free].double().numpy(), jac=True, method="L-BFGS-B",
-                       options={"maxiter": MAX_STEPS})
+                       options={"maxiter": MAX_STEPS, "ftol": TOLERANCE})
     return torch.cat([torch.from_numpy(end.x).float(), parameters[free:]])
 
 
 def align(prior, current):
-    """Register two images by what they show, not by the black bars that a letterbox put around it.
+    """Register two images by what they show, not by the black bars that a letterbox puts around.
 
-    prior, current: float arrays [H, W] >= 0. Returns (prior [H, W] where the current's picture is, zero around
-    it; whether a better pose than the first was found).
+    prior, current: float arrays [H, W] >= 0. Returns (the prior in the current's frame, zero outside of the
+    current's picture; bool [H, W], where the prior saw anything; whether a better pose than its own was
+    found).
     """
     boxes = picture_box(prior), picture_box(current)
     filled = []
@@ -151,7 +153,13 @@ def align(prior, current):
     result = register(*filled)
     framed = np.zeros_like(prior)
     framed[boxes[1]] = result.warped.numpy()[boxes[1]]
-    return framed, result.aligned
+    rows, columns = np.indices(prior.shape, np.float32)
+    back = torch.linalg.inv(result.matrix).numpy()[:2].astype(np.float32)                 # current -> prior
+    covered = np.ones(prior.shape, bool)
+    for (a, b, c), inside in zip(back, boxes[0][::-1], strict=True):                      # x, then y
+        position = a * columns + b * rows + c
+        covered &= (position > inside.start - 1) & (position < inside.stop)
+    return framed, covered, result.aligned
 
 
 def picture_box(image):
