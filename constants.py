@@ -17,7 +17,7 @@ ON_BAD_FILE = "stop"             # "stop" | "skip": the next readable case stand
 PRECISION = "bf16"               # "fp32" | "bf16" | "fp16" (with gradient scaling)
 CHANNELS_LAST = True             # memory format of convolutions
 COMPILE = False                  # torch.compile of the network
-STRATEGY = "ddp"                 # torchrun: "ddp" | "zero2" (shards gradients, moments) | "fsdp" (weights too)
+STRATEGY = "ddp"                 # torchrun: "ddp" | "zero2" shards gradients, moments | "fsdp" weights too
 CHECKPOINT_MINUTES = 10.0        # between two writes of *_last.pt inside an epoch
 SAVE_EVERY_EPOCHS = 1            # keep *_epoch_N.pt of every n-th epoch; 0: only the best
 KEEP_TOP_K = 3                   # keep *_epoch_N.pt of the k epochs with the lowest validation loss
@@ -60,7 +60,7 @@ MAX_LR = 6e-4                    # peak learning rate
 WEIGHT_DECAY = 1e-2              # of sgd, adam, adamw
 VAL_FRACTION = 0.15              # of the patients
 TEST_FRACTION = 0.15             # of the patients; never seen by training
-SPLIT_CSV = ""                   # columns patient (or case), split (train|val|test); "": by hash of the patient
+SPLIT_CSV = ""                   # columns patient or case, split (train|val|test); "": by hash of patient
 CHANGE_THRESHOLD = 0.05          # |difference| above which a pixel counts as changed
 
 # ------------------------------------------------- 5 Longitudinal: model
@@ -119,8 +119,8 @@ AUG_NOISE = 0.01                 # of the [0, 1] image: limit of the noise's sta
 PAIR_SIZE = 256                  # pixels per side of the pairs
 PAIR_PER_IMAGE = 8               # pairs made from one X-ray or CT volume
 PAIR_UNCHANGED = 0.2             # share of pairs in which no finding differs
-PAIR_FINDINGS = {"nodules": 0.3, "consolidation": 0.35, "effusion": 0.25, "pneumothorax": 0.15,
-                 "cardiomegaly": 0.15}     # probability of each kind in a pair
+PAIR_FINDINGS = {                # probability of each kind in a pair
+    "nodules": 0.3, "consolidation": 0.35, "effusion": 0.25, "pneumothorax": 0.15, "cardiomegaly": 0.15}
 PAIR_DEVICES = 0.5               # probability of tubes, lines or leads in each image
 PAIR_ROTATION = 5.0              # degrees: limit of each image's rotation; most are far smaller
 PAIR_SHIFT = 0.03                # parts of the longer side: limit of each image's shift

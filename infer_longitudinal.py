@@ -29,10 +29,11 @@ from longitudinal_MIM_training import KIND, build_model
 from utils.checkpoint import load_checkpoint
 from utils.config import BadFile, UserError, restore_constants, run_script
 from utils.device import autocast
-from utils.distributed import cleanup, is_main, load_model_state, rank, setup_distributed, world_size
+from utils.distributed import cleanup, is_main, rank, setup_distributed, world_size
 from utils.metrics import DESCRIPTIONS, ChangeMetrics, least_area, list_changes, table
 from utils.overlay import save_overlay
 from utils.registration import align, best_baseline
+from utils.states import load_model_state
 from utils.tta import predict_tta
 
 PARTS = {"prior": "prior", "current": "current", "diff_map": "truth", "difference_map": "truth"}

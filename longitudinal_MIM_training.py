@@ -32,7 +32,7 @@ from models.longitudinal_mim import LongitudinalMIMModelBig
 from models.patch_gan import PatchDiscriminator
 from models.pretrained import load_efficientnet_weights, load_vit_weights
 from prepare_data import make_longitudinal_demo
-from utils import distributed
+from utils import distributed, states
 from utils.checkpoint import copy_checkpoint, load_backbone, prune_epochs, save_checkpoint
 from utils.config import (
     apply_overrides,
@@ -226,20 +226,20 @@ def main():
     bad_files = set()
     torch.manual_seed(C.SEED + distributed.rank())                  # dropout differs between ranks
     if checkpoint is not None:
-        distributed.load_model_state(model, checkpoint["model_state_dict"])
-        distributed.load_optimizer_state(model, optimizer, checkpoint["optimizer_state_dict"])
+        states.load_model_state(model, checkpoint["model_state_dict"])
+        states.load_optimizer_state(model, optimizer, checkpoint["optimizer_state_dict"])
         scheduler.load_state_dict(checkpoint["scheduler_state_dict"])
         scaler.load_state_dict(checkpoint["scaler_state_dict"])
         if ema is not None:
             ema.load_state_dict(checkpoint["ema_state_dict"])
         if discriminator is not None:
             gan_state = checkpoint["gan_state_dict"]
-            distributed.load_model_state(discriminator, gan_state["model"])
-            distributed.load_optimizer_state(discriminator, gan_optimizer, gan_state["optimizer"])
+            states.load_model_state(discriminator, gan_state["model"])
+            states.load_optimizer_state(discriminator, gan_optimizer, gan_state["optimizer"])
         step, best, history = checkpoint["step"], checkpoint["best"], checkpoint["history"]
         first_epoch, first_batch = resume_position(checkpoint, num_batches, C.UPDATE_EVERY_BATCHES)
         running = {name: value.to(device) for name, value in checkpoint["running"].items()}
-        distributed.restore_rng_state(checkpoint["rng_state"])
+        states.restore_rng_state(checkpoint["rng_state"])
         if distributed.is_main():
             for change in changed_constants(C, checkpoint["constants"]):
                 print(f"Changed since the checkpoint: {change}")
@@ -262,14 +262,14 @@ def main():
             "kind": KIND, "epoch": epoch, "batch_in_epoch": batch_in_epoch, "num_batches": num_batches,
             "step": step, "best": best,
             "train_loss": train_loss, "val_loss": val_loss, "history": history, "running": running,
-            "model_state_dict": distributed.model_state(model),
+            "model_state_dict": states.model_state(model),
             "ema_state_dict": ema.state_dict() if ema is not None else None,
-            "optimizer_state_dict": distributed.optimizer_state(model, optimizer),
+            "optimizer_state_dict": states.optimizer_state(model, optimizer),
             "scheduler_state_dict": scheduler.state_dict(), "scaler_state_dict": scaler.state_dict(),
             "gan_state_dict": None if discriminator is None else {
-                "model": distributed.model_state(discriminator),
-                "optimizer": distributed.optimizer_state(discriminator, gan_optimizer)},
-            "rng_state": distributed.gather_rng_state(), "constants": hyperparameters(C)}
+                "model": states.model_state(discriminator),
+                "optimizer": states.optimizer_state(discriminator, gan_optimizer)},
+            "rng_state": states.gather_rng_state(), "constants": hyperparameters(C)}
         if distributed.is_main():
             save_checkpoint(run_dir / f"{KIND}_last.pt", **entries)
         interrupts.saved()

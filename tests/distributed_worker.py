@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from utils import distributed
+from utils import distributed, states
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.ema import EMA
 from utils.optim import build_optimizer, parameter_groups
@@ -92,15 +92,15 @@ def evaluate(model):
         return model(batch_of(99, 0, 0)[0]).clone()
 
 
-def states(model, optimizer, ema):
+def whole_state(model, optimizer, ema):
     """Everything that a checkpoint holds of the three."""
-    return {"model_state_dict": distributed.model_state(model), "ema_state_dict": ema.state_dict(),
-            "optimizer_state_dict": distributed.optimizer_state(model, optimizer)}
+    return {"model_state_dict": states.model_state(model), "ema_state_dict": ema.state_dict(),
+            "optimizer_state_dict": states.optimizer_state(model, optimizer)}
 
 
 def load(model, optimizer, ema, checkpoint):
-    distributed.load_model_state(model, checkpoint["model_state_dict"])
-    distributed.load_optimizer_state(model, optimizer, checkpoint["optimizer_state_dict"])
+    states.load_model_state(model, checkpoint["model_state_dict"])
+    states.load_optimizer_state(model, optimizer, checkpoint["optimizer_state_dict"])
     ema.load_state_dict(checkpoint["ema_state_dict"])
 
 
@@ -115,7 +115,7 @@ def train_and_save(folder, strategy, optimizer_name):
     restored = evaluate(model)
     save_checkpoint(folder / f"{optimizer_name}_{strategy}_rank{distributed.rank()}.pt", kind="test",
                     outputs={"trained": trained, "averaged": averaged, "restored": restored},
-                    **states(model, optimizer, ema))
+                    **whole_state(model, optimizer, ema))
 
 
 def gradients_before_sync(strategy):
@@ -136,9 +136,9 @@ def load_and_go_on(folder, source, strategy):
     model, optimizer, ema = build(strategy, seed=7)
     evaluate(model)                             # leaves whole parameters in memory under zero2
     load(model, optimizer, ema, load_checkpoint(folder / f"adamw_{source}_rank0.pt", "test"))
-    loaded = states(model, optimizer, ema)
+    loaded = whole_state(model, optimizer, ema)
     train_step(model, optimizer, ema, STEPS, [distributed.rank()])
-    next_states = states(model, optimizer, ema)
+    next_states = whole_state(model, optimizer, ema)
     if distributed.is_main():
         save_checkpoint(folder / f"{source}_to_{strategy}.pt", kind="test", model_state_dict={},
                         loaded=loaded, next=next_states)
@@ -158,10 +158,10 @@ def main():
 
     gradients = {strategy: gradients_before_sync(strategy) for strategy in distributed.STRATEGIES}
     torch.manual_seed(rank)
-    generators = distributed.gather_rng_state()
+    generators = states.gather_rng_state()
     drawn = torch.rand(3)
-    assert distributed.restore_rng_state(generators) and torch.equal(torch.rand(3), drawn)
-    assert not distributed.restore_rng_state(generators[:1])
+    assert states.restore_rng_state(generators) and torch.equal(torch.rand(3), drawn)
+    assert not states.restore_rng_state(generators[:1])
     save_checkpoint(folder / f"collectives_rank{rank}.pt", kind="test", model_state_dict={},
                     rng=generators, gradients=gradients,
                     flags=distributed.any_rank([rank == 1, False]),

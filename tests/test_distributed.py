@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn as nn
 
-from utils import distributed
+from utils import distributed, states
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.config import UserError
 from utils.ema import EMA
@@ -27,7 +27,7 @@ def folder(tmp_path_factory):
     model, optimizer, ema = worker.build("ddp")
     for step in range(worker.STEPS):
         worker.train_step(model, optimizer, ema, step, ranks=[0, 1])
-    save_checkpoint(folder / "adamw_one_rank0.pt", kind="test", **worker.states(model, optimizer, ema))
+    save_checkpoint(folder / "adamw_one_rank0.pt", kind="test", **worker.whole_state(model, optimizer, ema))
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS.parent), "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
                str(TESTS / "distributed_worker.py"), str(folder)]
@@ -120,7 +120,7 @@ def test_the_next_step_is_the_same_under_every_strategy(folder, source):
     model, optimizer, ema = worker.build("ddp", seed=3)
     worker.load(model, optimizer, ema, load_checkpoint(folder / f"adamw_{source}_rank0.pt"))
     worker.train_step(model, optimizer, ema, worker.STEPS, ranks=[0, 1])
-    assert_close(worker.states(model, optimizer, ema), following[0], skip=["running", "num_batches"])
+    assert_close(worker.whole_state(model, optimizer, ema), following[0], skip=["running", "num_batches"])
 
 
 def test_gradients_stay_local_until_the_last_micro_batch(folder):
@@ -157,10 +157,10 @@ def test_one_process_needs_no_torchrun():
     assert (distributed.rank(), distributed.world_size(), distributed.is_main()) == (0, 1, True)
     assert distributed.any_rank([True, False]) == [True, False]
     assert distributed.all_reduce_mean(torch.tensor([1.0, 3.0])).tolist() == [1.0, 3.0]
-    states = distributed.gather_rng_state()
+    generators = states.gather_rng_state()
     drawn = torch.rand(3)
-    assert distributed.restore_rng_state(states) and torch.equal(torch.rand(3), drawn)
-    assert not distributed.restore_rng_state(states * 2)
+    assert states.restore_rng_state(generators) and torch.equal(torch.rand(3), drawn)
+    assert not states.restore_rng_state(generators * 2)
 
 
 def test_an_unknown_strategy_is_named_with_the_allowed_ones():
@@ -181,12 +181,12 @@ def test_a_compiled_model_has_the_names_of_the_plain_one():
     """COMPILE must not decide which checkpoints can be loaded."""
     model = worker.Net()
     compiled = torch.compile(model, backend="eager")
-    assert_bitwise_equal(distributed.model_state(compiled), model.state_dict())
+    assert_bitwise_equal(states.model_state(compiled), model.state_dict())
     other = worker.Net()
-    distributed.load_model_state(compiled, other.state_dict())
-    assert_bitwise_equal(distributed.model_state(model), other.state_dict())
+    states.load_model_state(compiled, other.state_dict())
+    assert_bitwise_equal(states.model_state(model), other.state_dict())
     optimizer = torch.optim.AdamW(compiled.parameters())
-    assert distributed.optimizer_state(compiled, optimizer)["param_groups"][0]["params"][0] == "token"
+    assert states.optimizer_state(compiled, optimizer)["param_groups"][0]["params"][0] == "token"
     assert EMA(compiled, 0.9).model is model
 
 
@@ -194,7 +194,7 @@ def test_states_share_no_memory_with_the_run():
     """A state that is kept, or loaded twice, must not move when training goes on."""
     model, optimizer, ema = worker.build("ddp")
     worker.train_step(model, optimizer, ema, 0, [0])
-    state = worker.states(model, optimizer, ema)
+    state = worker.whole_state(model, optimizer, ema)
     before = copy.deepcopy(state)
     worker.load(model, optimizer, ema, state)
     worker.train_step(model, optimizer, ema, 1, [0])
@@ -211,16 +211,16 @@ def test_parameters_without_optimizer_state_stay_without(tmp_path):
     """torch's own get_optimizer_state_dict would count a step that was never taken."""
     model = worker.Net()
     optimizer = make_optimizer(model)
-    assert distributed.optimizer_state(model, optimizer)["state"] == {}
+    assert states.optimizer_state(model, optimizer)["state"] == {}
     model(torch.randn(2, 1, 8, 8)).sum().backward()
     optimizer.step()
-    state = distributed.optimizer_state(model, optimizer)
+    state = states.optimizer_state(model, optimizer)
     assert sorted(state["state"]) == ["head.bias", "head.weight", "token"]
     save_checkpoint(tmp_path / "a.pt", kind="test", model_state_dict={}, optimizer_state_dict=state)
 
     other = make_optimizer(model)
-    distributed.load_optimizer_state(model, other, load_checkpoint(tmp_path / "a.pt")["optimizer_state_dict"])
-    assert_bitwise_equal(distributed.optimizer_state(model, other), state)
+    states.load_optimizer_state(model, other, load_checkpoint(tmp_path / "a.pt")["optimizer_state_dict"])
+    assert_bitwise_equal(states.optimizer_state(model, other), state)
     assert {"max_exp_avg_sq", "step"} < set(state["state"]["token"])
     assert [group["weight_decay"] for group in other.param_groups] == [0.1, 0.0]
 
@@ -228,13 +228,13 @@ def test_parameters_without_optimizer_state_stay_without(tmp_path):
 def test_states_of_another_model_are_refused():
     """Loading what fits and leaving the rest random would look like a resumed run."""
     model = worker.Net()
-    state = distributed.model_state(model)
+    state = states.model_state(model)
     del state["head.bias"]
     with pytest.raises(UserError, match="head.bias"):
-        distributed.load_model_state(model, state)
+        states.load_model_state(model, state)
     state["head.bias"] = torch.zeros(2)
     with pytest.raises(UserError, match="head.bias"):
-        distributed.load_model_state(model, state)
-    saved = distributed.optimizer_state(model, make_optimizer(model))
+        states.load_model_state(model, state)
+    saved = states.optimizer_state(model, make_optimizer(model))
     with pytest.raises(UserError, match="optimizer state"):
-        distributed.load_optimizer_state(model, torch.optim.SGD(model.parameters(), 0.1), saved)
+        states.load_optimizer_state(model, torch.optim.SGD(model.parameters(), 0.1), saved)

@@ -16,7 +16,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from utils.config import BadFile, UserError
-from utils.distributed import load_model_state, model_state, unwrap
+from utils.distributed import unwrap
+from utils.states import load_model_state, model_state
 
 FORMAT_VERSION = 1
 REQUIRED = ("kind", "model_state_dict", "format_version")

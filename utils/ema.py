@@ -7,7 +7,8 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from utils.config import UserError
-from utils.distributed import load_model_state, model_state, reshard, unwrap
+from utils.distributed import reshard, unwrap
+from utils.states import load_model_state, model_state
 
 
 def ema_decay(decay, updates, warmup=True):
