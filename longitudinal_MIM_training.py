@@ -52,7 +52,7 @@ from utils.optim import build_optimizer, parameter_groups
 from utils.overlay import sample_sheet
 from utils.plotting import plot_detailed_curves, plot_loss_curves
 from utils.runs import check_finite, open_run, resume_position
-from utils.schedules import accumulation_group, build_scheduler, mask_probability
+from utils.schedules import accumulation_group, build_scheduler, go_to_step, mask_probability
 
 KIND = "longitudinal_mim"
 
@@ -103,12 +103,12 @@ def load_pretrained(model, args):
             print(f"--init {args.init}: {len(matched)} weights matched, {len(unmatched)} not {unmatched[:5]}")
 
 
-def build_optimizers(model, discriminator, steps_per_epoch, epochs):
+def build_optimizers(model, discriminator, total_steps, steps_per_epoch):
     """(optimizer, scheduler, discriminator's optimizer or None)."""
     groups = parameter_groups(model, C.WEIGHT_DECAY, C.NO_DECAY_NORM_BIAS)
     optimizer = build_optimizer(C.OPTIMIZER, groups, C.MAX_LR, C.WEIGHT_DECAY, C.ADAM_BETAS, C.MOMENTUM)
     scheduler = build_scheduler(
-        optimizer, C.SCHEDULE, epochs * steps_per_epoch, steps_per_epoch,
+        optimizer, C.SCHEDULE, total_steps, steps_per_epoch,
         pct_start=C.ONECYCLE_PCT_START, div_factor=C.ONECYCLE_DIV_FACTOR,
         final_div_factor=C.ONECYCLE_FINAL_DIV_FACTOR,
         warmup=C.WARMUP_STEPS, num_cycles=C.NUM_CYCLES, ipe_scale=C.IPE_SCALE,
@@ -206,6 +206,7 @@ def main():
     num_batches = len(train_loader)
     steps_per_epoch = math.ceil(num_batches / C.UPDATE_EVERY_BATCHES)
     epochs = 1 if args.fast_dev_run else C.LONGITUDINAL_MIM_EPOCHS
+    total_steps = epochs * steps_per_epoch
 
     # Model, optimizers
     model = build_model()
@@ -217,7 +218,7 @@ def main():
     model = distributed.shard(model.to(device), C.STRATEGY)
     if discriminator is not None:
         discriminator = distributed.shard(discriminator.to(device), "ddp")     # small: never sharded
-    optimizer, scheduler, gan_optimizer = build_optimizers(model, discriminator, steps_per_epoch, epochs)
+    optimizer, scheduler, gan_optimizer = build_optimizers(model, discriminator, total_steps, steps_per_epoch)
     scaler = torch.amp.GradScaler(device.type, enabled=C.PRECISION == "fp16")
     ema = EMA(model, C.EMA_DECAY, C.EMA_WARMUP) if C.USE_EMA else None
 
@@ -227,8 +228,8 @@ def main():
     torch.manual_seed(C.SEED + distributed.rank())                  # dropout differs between ranks
     if checkpoint is not None:
         states.load_model_state(model, checkpoint["model_state_dict"])
+        settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
         states.load_optimizer_state(model, optimizer, checkpoint["optimizer_state_dict"])
-        scheduler.load_state_dict(checkpoint["scheduler_state_dict"])
         scaler.load_state_dict(checkpoint["scaler_state_dict"])
         if ema is not None:
             ema.load_state_dict(checkpoint["ema_state_dict"])
@@ -240,9 +241,13 @@ def main():
         first_epoch, first_batch = resume_position(checkpoint, num_batches, C.UPDATE_EVERY_BATCHES)
         running = {name: value.to(device) for name, value in checkpoint["running"].items()}
         states.restore_rng_state(checkpoint["rng_state"])
+        changed = changed_constants(C, checkpoint["constants"])
+        if changed or checkpoint["total_steps"] != total_steps:
+            go_to_step(scheduler, settings, step)
+        else:
+            scheduler.load_state_dict(checkpoint["scheduler_state_dict"])
         if distributed.is_main():
-            for change in changed_constants(C, checkpoint["constants"]):
-                print(f"Changed since the checkpoint: {change}")
+            print("".join(f"Changed since the checkpoint: {change}\n" for change in changed), end="")
     if C.COMPILE:
         model.compile()
 
@@ -254,13 +259,13 @@ def main():
             data=str(data), train_cases=len(train_set), val_cases=len(val_set),
             world_size=distributed.world_size(), device=str(device), parameters=parameters,
             effective_batch=C.BATCH_SIZE * C.UPDATE_EVERY_BATCHES * distributed.world_size(),
-            steps_per_epoch=steps_per_epoch, total_steps=epochs * steps_per_epoch)
+            steps_per_epoch=steps_per_epoch, total_steps=total_steps)
 
     def save_last(epoch, batch_in_epoch, train_loss=None, val_loss=None):
         """Write <kind>_last.pt.  All ranks gather the state, the main one writes it."""
         entries = {
             "kind": KIND, "epoch": epoch, "batch_in_epoch": batch_in_epoch, "num_batches": num_batches,
-            "step": step, "best": best,
+            "total_steps": total_steps, "step": step, "best": best,
             "train_loss": train_loss, "val_loss": val_loss, "history": history, "running": running,
             "model_state_dict": states.model_state(model),
             "ema_state_dict": ema.state_dict() if ema is not None else None,

@@ -14,9 +14,9 @@ from utils.config import (
     apply_overrides,
     apply_preset,
     changed_constants,
+    exit_code,
     hyperparameters,
     restore_constants,
-    run_script,
     write_training_params,
 )
 
@@ -93,9 +93,7 @@ def test_a_users_mistake_ends_in_one_line_and_exit_code_2(message, capsys):
     """Also when it was raised in a data-loading process."""
     def main():
         raise BadFile(message)
-    with pytest.raises(SystemExit) as error:
-        run_script(main)
-    assert error.value.code == 2
+    assert exit_code(main) == 2
     assert capsys.readouterr().err == "error: a.png: empty file\n"
 
 

@@ -14,7 +14,7 @@ import torch
 from conftest import SMALL, write_case
 from test_scripts import LAST, states_differ
 
-from utils.config import run_script
+from utils.config import exit_code
 
 
 def start(run_dir, pairs, *words):
@@ -114,9 +114,7 @@ def empty(root):
 def refused(script, capsys):
     """Run a script that must end with exit code 2 and one line on stderr; returns the line."""
     def call(name, *words):
-        with pytest.raises(SystemExit) as error:
-            run_script(lambda: script(name, *words))
-        assert error.value.code == 2
+        assert exit_code(lambda: script(name, *words)) == 2
         lines = capsys.readouterr().err.strip().splitlines()
         lines = [line for line in lines if "%|" not in line]                       # progress bars
         assert len(lines) == 1 and lines[0].startswith("error: "), lines
@@ -191,7 +189,7 @@ def test_a_checkpoint_of_another_network_is_refused(train, refused, pairs):
     run = train("one", "LONGITUDINAL_MIM_EPOCHS=1")
     line = refused("longitudinal_MIM_training", "-n", "two", "-c", run / LAST, "--data", pairs,
                    "--set", *SMALL, f"RUNS_DIR={run.parent}", "EFFICIENTNET=b1")
-    assert "another network" in line
+    assert "another model" in line
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(refused, pairs, tmp_path):

@@ -4,9 +4,12 @@ import csv
 import json
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
+from conftest import SMALL
 
 import constants as C
 import longitudinal_MIM_training as script_module
@@ -98,6 +101,16 @@ def test_a_run_goes_on_from_an_epochs_file_in_a_new_folder(train):
     assert states_differ(run / LAST, branch / LAST) == []
 
 
+def test_a_finished_run_goes_on_for_more_epochs_and_by_new_rates(train, capsys):
+    """What was changed is named, and the schedule is the longer run's from that step on."""
+    train("longer", "LONGITUDINAL_MIM_EPOCHS=1")
+    run = train("longer", "LONGITUDINAL_MIM_EPOCHS=3", "MAX_LR=1e-4", words=["-c", "auto"])
+    assert "Changed since the checkpoint: MAX_LR: 0.0006 -> 0.0001" in capsys.readouterr().out
+    whole = train("whole", "LONGITUDINAL_MIM_EPOCHS=3", "MAX_LR=1e-4")
+    histories = [torch.load(path / LAST, weights_only=True)["history"] for path in (run, whole)]
+    assert [row["lr"] for row in histories[0][1:]] == [row["lr"] for row in histories[1][1:]]
+
+
 def test_a_run_is_never_overwritten_and_a_finished_one_stays(train):
     """Starting again under the same name needs -c auto, which then has nothing left to do."""
     run = train("once", "LONGITUDINAL_MIM_EPOCHS=1")
@@ -137,7 +150,7 @@ def test_top_epochs_and_every_nth_are_kept(train):
 OPTIONS = [
     "PRECISION=bf16", "PRECISION=fp16", "USE_EMA=False", "OPTIMIZER=sgd", "OPTIMIZER=adam", "SCHEDULE=cosine",
     "SCHEDULE=step", "SCHEDULE=cosine_restarts", "GRAD_CLIP_NORM=0.01", "SEED=1", "MASK_PROB_LOW=1.0",
-    "ANTISYMMETRIC=True", "DROPOUT=0.5", "NO_DECAY_NORM_BIAS=False", "EMA_WARMUP=False", "EMA_DECAY=0.5",
+    "ANTISYMMETRIC=True", "DROPOUT=0.5", "NO_DECAY_NORM_BIAS=False", "EMA_WARMUP=False", "EMA_DECAY=0.05",
     "WEIGHT_DECAY=0.0", "MAX_LR=1e-4", "AUG_FLIP=0.0", "AUG_EXPOSURE=0.0", "ONECYCLE_PCT_START=0.5",
     "UPDATE_EVERY_BATCHES=2", "DECODER_CHANNELS=[64, 48, 32, 24, 16]"]
 
@@ -173,6 +186,24 @@ def test_gan_state_is_saved_and_resumed(train):
     assert float(rows[1]["train/GAN"]) > 0 and float(rows[1]["train/Discriminator"]) > 0
     branch = train("branch", *settings, words=["-c", whole / "longitudinal_mim_epoch_1.pt"])
     assert states_differ(whole / LAST, branch / LAST) == []
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_ranks_train_and_one_process_goes_on(strategy, train, pairs, tmp_path):
+    """The script under torchrun, generator and discriminator; its checkpoint is nobody's in particular."""
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+             "longitudinal_MIM_training.py", "-n", "shared", "--data", pairs, "--set", *SMALL,
+             f"RUNS_DIR={tmp_path / 'runs'}", f"STRATEGY={strategy}", "USE_GAN=True", "GAN_START_EPOCH=1",
+             "LONGITUDINAL_MIM_EPOCHS=1"]
+    done = subprocess.run([str(word) for word in words], capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Epoch 1 Complete") == 1
+    run = train("shared", "USE_GAN=True", "GAN_START_EPOCH=1", words=["-c", "auto"])
+    checkpoint = torch.load(run / LAST, weights_only=True)
+    params = json.loads((run / "training_params.json").read_text())
+    assert checkpoint["epoch"] == 2 and params["world_size"] == 1
+    assert not any(name.startswith(("module.", "_orig_mod.")) for name in checkpoint["model_state_dict"])
 
 
 @pytest.fixture

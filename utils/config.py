@@ -23,7 +23,12 @@ class BadFile(UserError):
 
 
 def run_script(main):
-    """Call ``main``; a UserError ends the process with one line on stderr and exit code 2, Ctrl-C with 130.
+    """Call ``main`` and end the process with its exit code."""
+    sys.exit(exit_code(main))      # out here no exception keeps the data loaders' processes alive
+
+
+def exit_code(main):
+    """Call ``main``; 0, or after one line on stderr 2 for a UserError and 130 for Ctrl-C.
 
     An error raised in a data-loading process arrives with that process's traceback in front, whose last line
     is the message.
@@ -35,10 +40,13 @@ def run_script(main):
         for kind in (UserError, BadFile):
             line = line.removeprefix(f"{kind.__module__}.{kind.__name__}: ")
         print(f"error: {line}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
-        sys.exit(130)
+        return 130
+    except SystemExit as stopped:
+        return stopped.code
+    return 0
 
 
 def training_parser(doc):

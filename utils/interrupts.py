@@ -3,10 +3,15 @@
 import signal
 import time
 
+GRACE_SECONDS = 30                # that a data-loading process outlives SIGTERM
+
 
 def leave_to_parent(worker):
-    """For data-loading processes: a signal to the whole job is answered by the training process alone."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    """For data-loading processes: a signal to the whole job is answered by the training process.
+
+    It still needs data for the step at hand; SIGTERM ends a loading process later, if nobody else did before.
+    """
+    signal.signal(signal.SIGTERM, lambda signum, frame: signal.alarm(GRACE_SECONDS))
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 

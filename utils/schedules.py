@@ -1,6 +1,7 @@
 """Accumulation groups, learning-rate schedules by a word, and the schedule of the mask probability."""
 
 import math
+import warnings
 
 import numpy as np
 from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts, LambdaLR, OneCycleLR, StepLR
@@ -67,6 +68,21 @@ def build_scheduler(optimizer, name, total_steps, steps_per_epoch=1, *,
     except ValueError as error:
         raise UserError(f"SCHEDULE = {name!r}: {error}") from error
     raise UserError(f"SCHEDULE = {name!r}: unknown; use one of {', '.join(SCHEDULES)}")
+
+
+def go_to_step(scheduler, settings, steps):
+    """Bring a scheduler, as it was made, to where it stands after ``steps`` steps.
+
+    For a run that is resumed with another length or other rates, whose saved schedule no longer holds.
+    settings: for each parameter group the options (all but "params") that it had when the scheduler was made;
+    loading the optimizer's state has put the checkpoint's in their place.
+    """
+    for group, options in zip(scheduler.optimizer.param_groups, settings, strict=True):
+        group.update(options)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+        for _ in range(steps):
+            scheduler.step()
 
 
 def warmup_cosine(warmup, total, num_cycles=0.5, start=0.0, final=0.0):
