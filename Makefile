@@ -9,7 +9,7 @@ SETUP := .venv/installed
 .PHONY: demo test setup lint bench clean
 
 demo: setup
-	$(BIN)/python longitudinal_MIM_training.py -p demo -n demo
+	$(BIN)/python longitudinal_MIM_training.py -p demo -n demo -c auto
 	$(BIN)/python infer_longitudinal.py --checkpoint runs/demo/longitudinal_mim_best.pt \
 		--data data/demo/longitudinal/pairs --split test --baseline --output predictions/demo
 

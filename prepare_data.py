@@ -107,9 +107,13 @@ def ct_settings(findings):
 
 def make_longitudinal_demo():
     """Write the demonstration X-rays and pairs below DEMO_DIR, unless there; returns the pairs' folder."""
-    folder, settings = Path(C.DEMO_DIR) / "longitudinal", pair_settings(C.PAIR_FINDINGS)
-    return write_longitudinal_demo(folder, C.DEMO_SIZE, C.DEMO_PATIENTS, C.DEMO_PAIRS_PER_PATIENT, C.SEED,
-                                   C.NUM_WORKERS, settings)
+    settings = pair_settings(C.PAIR_FINDINGS)
+    unknown = C.DEMO_SETTINGS.keys() - settings.keys()
+    if unknown:
+        raise UserError(f"DEMO_SETTINGS: unknown {', '.join(unknown)}; allowed: {', '.join(settings)}")
+    return write_longitudinal_demo(Path(C.DEMO_DIR) / "longitudinal", C.DEMO_SIZE, C.DEMO_PATIENTS,
+                                   C.DEMO_PAIRS_PER_PATIENT, C.SEED, C.NUM_WORKERS,
+                                   {**settings, **C.DEMO_SETTINGS})
 
 
 def make_demo(args):

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 from scipy import ndimage
+from test_lungs import draw_chest
 
 from datasets.devices import DEVICES, draw_devices
 from datasets.findings import FINDINGS, absorb, add_ball, extent
-from tests.test_lungs import draw_chest
 
 OPACITIES = [kind for kind in FINDINGS if kind != "pneumothorax"]
 

@@ -8,6 +8,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 from scipy import ndimage
+from test_lungs import draw_chest
 
 from datasets import pair_files, pairs
 from datasets.io import read_image, write_nifti
@@ -21,7 +22,6 @@ from datasets.pairs import (
     prepare_image,
     write_pairs,
 )
-from tests.test_lungs import draw_chest
 from utils.config import BadFile, UserError
 
 SIZE = 96

@@ -8,12 +8,12 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+from test_lungs import draw_chest
 
 import constants as C
 import prepare_data
 from datasets.io import write_nifti
 from datasets.phantom import thorax_ct
-from tests.test_lungs import draw_chest
 from utils.config import UserError, hyperparameters
 
 ROOT = Path(prepare_data.__file__).parent
@@ -134,3 +134,19 @@ def test_an_empty_folder_ends_with_code_2_and_one_line(tmp_path):
                           text=True)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1 and str(tmp_path) in done.stderr
+
+
+def test_demo_data_lie_where_training_looks_and_have_their_own_settings(run, tmp_path):
+    """DEMO_SETTINGS replace PAIR_*; a second call makes nothing."""
+    words = ["demo", "--output", tmp_path, "--workers", 0, "--size", 64,
+             "--set", "DEMO_PATIENTS=1", "DEMO_PAIRS_PER_PATIENT=2"]
+    run(*words)
+    pairs = tmp_path / "longitudinal" / "pairs"
+    assert len(cases(pairs)) == 2
+    written = {path: path.stat().st_mtime_ns for path in pairs.rglob("*.nii.gz")}
+    run(*words)
+    assert written == {path: path.stat().st_mtime_ns for path in pairs.rglob("*.nii.gz")}
+    settings = json.loads((pairs / "pairs.json").read_text())["settings"]
+    assert settings["exposure"] == C.DEMO_SETTINGS["exposure"] and settings["noise"] == C.PAIR_NOISE
+    with pytest.raises(UserError, match="DEMO_SETTINGS"):
+        run(*words, "DEMO_SETTINGS={'brightness': 1.0}")
