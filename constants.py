@@ -155,7 +155,7 @@ DEMO_PATIENTS = 40               # invented ones
 DEMO_PAIRS_PER_PATIENT = 10      # shared out among the two images of a patient; odd numbers are rounded up
 DEMO_SETTINGS = {                # replace PAIR_*: phantoms have little texture, so appearance must differ
     # more for a registered subtraction to do as badly as on patients; nodules are hardly seen at 128 pixels
-    "exposure": 0.7, "local_contrast": 0.6, "breath": 0.05, "bend": 0.006,
+    "exposure": 0.8, "local_contrast": 0.6, "breath": 0.05, "bend": 0.006,
     "findings": {"nodules": 0.1, "consolidation": 0.4, "effusion": 0.35, "pneumothorax": 0.15,
                  "cardiomegaly": 0.15}}
 
@@ -163,7 +163,7 @@ DEMO_SETTINGS = {                # replace PAIR_*: phantoms have little texture,
 PRESETS = {
     "demo": {                    # the smallest useful run: minutes on two CPU cores
         "EFFICIENTNET": "b0", "VIT": "tiny", "IMG_SIZE": 128, "MASK_PATCH_SIZE": 32, "BATCH_SIZE": 8,
-        "UPDATE_EVERY_BATCHES": 1, "LONGITUDINAL_MIM_EPOCHS": 8, "MAX_LR": 1e-3,
+        "UPDATE_EVERY_BATCHES": 1, "LONGITUDINAL_MIM_EPOCHS": 8, "MAX_LR": 1e-3, "MASK_PROB_HIGH": 0.2,
         "DECODER_CHANNELS": [128, 96, 64, 48, 32], "EMA_DECAY": 0.99},
     "xray_256": {                # an hour on two CPU cores
         "EFFICIENTNET": "b0", "VIT": "tiny", "IMG_SIZE": 256, "MASK_PATCH_SIZE": 64, "BATCH_SIZE": 8,
