@@ -41,7 +41,7 @@ def read_ct(path, spacing):
     try:
         image = read_series(path) if path.is_dir() else nib.load(path)
         volume = np.asarray(image.dataobj, np.float32)
-    except (OSError, EOFError, zlib.error, ValueError, AttributeError, RuntimeError, NotImplementedError,
+    except (OSError, EOFError, zlib.error, ValueError, AttributeError, RuntimeError,
             ImageFileError, HeaderDataError) as error:
         raise BadFile(f"{path}: cannot be read as a CT ({one_line(error)})") from error
     if volume.ndim != 3 or min(volume.shape) < 8:

@@ -38,7 +38,7 @@ DAMAGED_NIFTI = (OSError, EOFError, ValueError, zlib.error, igzip_lib.IsalError,
                  ImageFileError, WrapStructError)
 DAMAGED_PICTURE = (OSError, EOFError, ValueError, TypeError, SyntaxError, struct.error,
                    Image.DecompressionBombError)
-DAMAGED_DICOM = (OSError, EOFError, ValueError, TypeError, AttributeError, RuntimeError, NotImplementedError,
+DAMAGED_DICOM = (OSError, EOFError, ValueError, TypeError, AttributeError, RuntimeError,
                  struct.error, zlib.error, BytesLengthException, InvalidDicomError)
 SUFFIXES = (".nii", ".nii.gz", *PICTURE_SUFFIXES, *DICOM_SUFFIXES)
 

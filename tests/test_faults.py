@@ -110,6 +110,15 @@ def empty(root):
         path.unlink()
 
 
+def write_split(folder):
+    """(folder of the pairs of six patients, CSV that trains on the first four and validates on two)."""
+    root, csv = folder / "pairs", folder / "splits.csv"
+    for patient in range(6):
+        write_case(root / f"p{patient:02d}_a", seed=patient)
+    csv.write_text("patient,split\n" + "".join(f"p{i:02d},{'train' if i < 4 else 'val'}\n" for i in range(6)))
+    return root, csv
+
+
 @pytest.fixture
 def refused(script, capsys):
     """Run a script that must end with exit code 2 and one line on stderr; returns the line."""
@@ -127,11 +136,7 @@ def refused(script, capsys):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_bad_training_data_ends_in_one_line(fault, workers, refused, tmp_path):
     """The file is named, whether it is read in the main process or in a data-loading one."""
-    root = tmp_path / "pairs"
-    for patient in range(6):
-        write_case(root / f"p{patient:02d}_a", seed=patient)
-    csv = tmp_path / "splits.csv"
-    csv.write_text("patient,split\n" + "".join(f"p{i:02d},{'train' if i < 4 else 'val'}\n" for i in range(6)))
+    root, csv = write_split(tmp_path)
     fault(root)
     line = refused("longitudinal_MIM_training", "-n", "a", "--data", root, "--set", *SMALL,
                    f"RUNS_DIR={tmp_path}", f"NUM_WORKERS={workers}", f"SPLIT_CSV={csv}")
@@ -140,12 +145,9 @@ def test_bad_training_data_ends_in_one_line(fault, workers, refused, tmp_path):
 
 def test_bad_cases_are_skipped_and_counted_when_asked(script, tmp_path, capsys):
     """ON_BAD_FILE="skip" trains on the rest and says what it left out."""
-    for patient in range(6):
-        write_case(tmp_path / "pairs" / f"p{patient:02d}_a", seed=patient)
-    csv = tmp_path / "splits.csv"
-    csv.write_text("patient,split\n" + "".join(f"p{i:02d},{'train' if i < 4 else 'val'}\n" for i in range(6)))
-    truncated(tmp_path / "pairs")
-    script("longitudinal_MIM_training", "-n", "a", "--data", tmp_path / "pairs", "--set", *SMALL,
+    root, csv = write_split(tmp_path)
+    truncated(root)
+    script("longitudinal_MIM_training", "-n", "a", "--data", root, "--set", *SMALL,
            f"RUNS_DIR={tmp_path}", f"SPLIT_CSV={csv}", "ON_BAD_FILE=skip")
     printed = capsys.readouterr().out
     assert "Skipped 1 bad file" in printed and "p00_a/current.nii.gz" in printed
