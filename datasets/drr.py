@@ -4,28 +4,24 @@ Volumes are [D, H, W]: head to foot, front to back, the patient's right to left,
 axes.  A projection is then a frontal X-ray as it is hung: head up, the patient's right on the image's left.
 """
 
-import zlib
 from pathlib import Path
 
 import cc3d
 import nibabel as nib
 import numpy as np
-import pydicom
-from nibabel.filebasedimages import ImageFileError
 from nibabel.processing import resample_to_output
-from nibabel.spatialimages import HeaderDataError
 from pydicom.misc import is_dicom
 from scipy import ndimage
-from scipy.interpolate import interp1d
 from scipy.spatial.transform import Rotation
 from skimage.morphology import isotropic_closing, isotropic_erosion
 from skimage.segmentation import expand_labels
 
 from datasets.devices import draw_devices
-from datasets.io import min_max, one_line, resize
+from datasets.io import min_max, resize
 from datasets.nuisance import change_appearance
 from datasets.pair_files import write_cases
 from datasets.pairs import clean_map
+from datasets.volumes import read_dicom_series, read_nifti
 from utils.config import BadFile, UserError
 
 AIR = -1000                                          # HU
@@ -38,43 +34,21 @@ def read_ct(path, spacing):
     it is neither, is damaged, is not CT, or is not in Hounsfield units (no air: minimum above -500).
     """
     path = Path(path)
-    try:
-        image = read_series(path) if path.is_dir() else nib.load(path)
-        volume = np.asarray(image.dataobj, np.float32)
-    except (OSError, EOFError, zlib.error, ValueError, AttributeError, RuntimeError,
-            ImageFileError, HeaderDataError) as error:
-        raise BadFile(f"{path}: cannot be read as a CT ({one_line(error)})") from error
-    if volume.ndim != 3 or min(volume.shape) < 8:
-        raise BadFile(f"{path}: a CT volume is due, not an array of shape {volume.shape}")
-    if not np.isfinite(volume).all() or volume.min() > -500:
-        raise BadFile(f"{path}: not in Hounsfield units ({volume.min():g} to {volume.max():g})")
-    image = nib.Nifti1Image(np.maximum(volume, AIR), image.affine)
+    if path.is_dir():
+        files = [file for file in path.iterdir() if file.is_file() and is_dicom(file)]
+        if not files:
+            raise BadFile(f"{path}: a folder with the DICOM slices of one CT series is due")
+        volume = read_dicom_series(files)
+    else:
+        volume = read_nifti(path)
+    if volume.modality == "MR" or min(volume.data.shape) < 8:
+        shape = "x".join(map(str, volume.data.shape))
+        raise BadFile(f"{path}: a CT volume is due, not {volume.modality or 'one'} of {shape} voxels")
+    if volume.data.min() > -500:
+        raise BadFile(f"{path}: not in Hounsfield units ({volume.data.min():g} to {volume.data.max():g})")
+    image = nib.Nifti1Image(np.maximum(volume.data, AIR, dtype=np.float32), volume.affine)
     image = resample_to_output(image, spacing, order=1, mode="nearest")    # x to right, y to front, z to head
     return np.ascontiguousarray(np.asarray(image.dataobj, np.float32)[::-1, ::-1, ::-1].T)
-
-
-def read_series(folder):
-    """One DICOM series as a NIfTI image in HU: sorted by position along the normal, uneven gaps filled."""
-    files = [file for file in sorted(folder.iterdir()) if file.is_file() and is_dicom(file)]
-    slices = [s for s in map(pydicom.dcmread, files) if "LOCALIZER" not in s.get("ImageType", [])]
-    series = {(s.Modality, s.SeriesInstanceUID) for s in slices}
-    if len(slices) < 8 or len(series) > 1 or series.pop()[0] != "CT":
-        raise BadFile(f"{folder}: a folder with the DICOM slices of one CT series is due")
-    columns, rows = np.reshape(slices[0].ImageOrientationPatient, (2, 3)).astype(float)
-    normal = np.cross(columns, rows)
-    slices.sort(key=lambda s: normal @ np.array(s.ImagePositionPatient, float))
-    origin, last = (np.array(s.ImagePositionPatient, float) for s in (slices[0], slices[-1]))
-    at = np.array([normal @ (np.array(s.ImagePositionPatient, float) - origin) for s in slices])
-    step = np.diff(at).min()
-    if step <= 0:
-        raise BadFile(f"{folder}: two slices at the same position")
-    hu = np.stack([pydicom.pixels.apply_modality_lut(s.pixel_array, s).astype(np.float32) for s in slices])
-    hu = interp1d(at, hu, axis=0)(np.minimum(np.arange(0, at[-1] + step / 2, step), at[-1]))
-    height, width = (float(size) for size in slices[0].PixelSpacing)
-    affine = np.eye(4)
-    affine[:3] = np.stack([columns * width, rows * height, (last - origin) / at[-1] * step, origin], axis=1)
-    affine[:2] *= -1                                 # DICOM counts to the left and back, NIfTI the other way
-    return nib.Nifti1Image(hu.transpose(2, 1, 0).astype(np.float32), affine)
 
 
 def lung_mask_ct(hu, spacing):
