@@ -106,7 +106,7 @@ def write_cases(sources, output, per_source, size, seed, workers, settings, prep
             jobs.append((path, missing, output, size, seed, settings, prepare, make))
     bad, made = [], 0
     with tqdm(total=per_source * len(sources), initial=kept, unit="pair", desc=output.name) as bar:
-        for count, path, reason in run_jobs(jobs, workers):
+        for count, path, reason in run_jobs(make_cases, jobs, workers, [make.__module__]):
             made += count
             bar.update(count)
             if reason:
@@ -137,16 +137,19 @@ def claim_folder(output, settings):
         shutil.rmtree(folder)
 
 
-def run_jobs(jobs, workers):
-    """Yield the result of make_cases for each job, in any order."""
+def run_jobs(work, jobs, workers, preload=()):
+    """Yield work(job) for each job, in any order.
+
+    work: a function of a module.  workers: processes; 0: all here.  preload: names of modules that it needs.
+    """
     if workers == 0 or len(jobs) < 2:
-        yield from map(make_cases, jobs)
+        yield from map(work, jobs)
         return
     context = multiprocessing.get_context("forkserver")      # a plain fork may hang in torch's threads
-    context.set_forkserver_preload([__name__, jobs[0][-1].__module__])
+    context.set_forkserver_preload([__name__, work.__module__, *preload])
     with ProcessPoolExecutor(min(workers, len(jobs)), context, start_worker) as pool:
         try:
-            for future in as_completed([pool.submit(make_cases, job) for job in jobs]):
+            for future in as_completed([pool.submit(work, job) for job in jobs]):
                 yield future.result()
         finally:
             pool.shutdown(cancel_futures=True)       # on Ctrl-C: end the running jobs, start no other

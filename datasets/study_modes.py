@@ -1,0 +1,96 @@
+"""Whether a study is MRI or CT: from a table, from DICOM, or guessed from values and names."""
+
+import csv
+import re
+
+import numpy as np
+import pydicom
+
+from datasets.volumes import read_volume
+from utils.config import BadFile, UserError, closest
+
+STUDY_MODES = ("mri", "ct")
+MODALITIES = {"MR": "mri", "CT": "ct"}               # of DICOM
+AIR = -500                                           # HU; nothing of a head is thinner
+SAMPLE = 1_000_000                                   # voxels that a guess looks at
+WINDOW = r"(?:brain|blood|bone)(?=[ _-]?window)"
+WINDOW_WORD = re.compile(rf"(?<![a-z])(?:brain|blood|bone)(?![a-z])|{WINDOW}")
+CT_WORD = re.compile(rf"(?<![a-z])ct(?![a-z])|{WINDOW}")
+
+
+def read_modes(path, studies):
+    """{study: "mri" | "ct"} of a CSV with the columns study and mode; {} without one (None).
+
+    Raises UserError naming the line of an unknown mode, or of a study that comes twice or is not there.
+    """
+    if path is None:
+        return {}
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            rows = csv.DictReader(file)
+            if not {"study", "mode"} <= set(rows.fieldnames or []):
+                raise UserError(f"{path}: needs the columns study and mode")
+            modes = {}
+            for row in rows:
+                study, mode, line = row["study"], row["mode"], f"{path}, line {rows.line_num}"
+                if mode not in STUDY_MODES:
+                    raise UserError(f'{line}: the mode "{mode}" is not one of {", ".join(STUDY_MODES)}')
+                if study in modes:
+                    raise UserError(f"{line}: the study {study} comes a second time")
+                if study not in studies:
+                    raise UserError(f"{line}: there is no study {study}{closest(study, studies)}")
+                modes[study] = mode
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from error
+    return modes
+
+
+def vote_of(source, raw, look):
+    """(mode or None, why) of one Source: DICOM Modality, a CT's name, or values that look like HU.
+
+    look False: the values are not looked at.  A file that cannot be read has no opinion.
+    """
+    path = source.paths[0]
+    if source.kind == "dicom":
+        header = pydicom.dcmread(path, stop_before_pixels=True, force=True, specific_tags=["Modality"])
+        word = header.get("Modality")
+        if word in MODALITIES:
+            return MODALITIES[word], "DICOM Modality"
+    if not look:
+        return None, ""
+    if CT_WORD.search(str(path.relative_to(raw)).lower()):
+        return "ct", "guess: name"
+    try:
+        data = read_volume(source).data
+    except BadFile:
+        return None, ""
+    return ("ct" if looks_like_hu(data) else None), f"guess: values {data.min():g}..{data.max():g}"
+
+
+def looks_like_hu(data):
+    """Whether an array has the air of a CT: much of it near -1000, more than between there and tissue.
+
+    The second tells a CT from the phase images of an MRI, whose values are spread over thousands.
+    """
+    flat = data.ravel(order="K")
+    flat = flat[::1 + flat.size // SAMPLE]
+    air = np.mean((flat >= -1100) & (flat <= -900))
+    between = np.mean((flat > -900) & (flat < -200))
+    return bool(air > 0.01 and air > between and np.mean(flat > 5000) < 0.001)
+
+
+def decide(votes):
+    """(mode, why) of a study from the votes of its series; the majority, and CT when equally many.
+
+    A series without opinion counts as MRI: a CT is told by its values, an MRI by nothing.
+    """
+    count = {mode: sum((word or "mri") == mode for word, _ in votes) for mode in STUDY_MODES}
+    mode = "ct" if count["ct"] >= count["mri"] else "mri"
+    reasons = [why for word, why in votes if word == mode] or [why for _, why in votes if why]
+    return mode, reasons[0] if reasons else "guess: no file can be read"
+
+
+def window_in(path):
+    """The last of brain, blood and bone (BrainWindow ...) that a path names as a word, or None."""
+    words = WINDOW_WORD.findall(str(path).lower())
+    return words[-1] if words else None
