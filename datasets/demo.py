@@ -1,25 +1,19 @@
 """Demo data: X-rays of invented patients in the file formats of a clinic, and pairs made from them."""
 
 import json
-import multiprocessing
-import os
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
-import pydicom
 from PIL import Image
-from pydicom.uid import DigitalXRayImageStorageForPresentation, ExplicitVRLittleEndian, generate_uid
-from tqdm import tqdm
+from pydicom.uid import DigitalXRayImageStorageForPresentation, generate_uid
 
+from datasets.demo_files import dicom_image, is_complete, make_missing, whole_folder, write_marker
 from datasets.drr import AIR, draw_angles, rotate
 from datasets.io import min_max
-from datasets.pair_files import find_sources, start_worker
+from datasets.pair_files import find_sources
 from datasets.pairs import write_pairs
 from datasets.phantom import thorax_ct
-from utils.config import UserError
 
-MARKER = "demo.json"                                 # what the folder was made with, and whether it is whole
 IMAGES_PER_PATIENT = 2
 FIELD = (360.0, 216.0, 384.0)                        # mm of the phantom that is imaged, D, H, W
 FORMATS = ("png16", "dicom", "monochrome1", "png", "png", "png", "png", "png")     # of the patients in turn
@@ -43,7 +37,7 @@ def write_longitudinal_demo(output, size, patients, pairs_per_patient, seed, wor
     write_marker(output, wanted, complete=False)
     names = [f"demo{number:03d}" for number in range(patients)]
     jobs = [(output / "images" / name, number, size, seed) for number, name in enumerate(names)]
-    run_patients([job for job in jobs if not job[0].is_dir()], workers)
+    make_missing(write_patient, jobs, workers, unit="patient")
     # The pairs of a patient are shared out among that patient's images.
     per_image = -(-pairs_per_patient // IMAGES_PER_PATIENT)
     write_pairs(find_sources(output / "images"), output / "pairs", per_image, size, seed, workers, settings)
@@ -51,55 +45,16 @@ def write_longitudinal_demo(output, size, patients, pairs_per_patient, seed, wor
     return output / "pairs"
 
 
-def is_complete(output, wanted):
-    """Whether the folder holds the finished set that is wanted; UserError when it holds anything else."""
-    marker = output / MARKER
-    if marker.is_file():
-        found = json.loads(marker.read_text())
-        other = [key for key in wanted if found["made_with"].get(key) != wanted[key]]
-        if other:
-            raise UserError(f"{output}: its demo data were made with another {', '.join(other)}; "
-                            f"delete that folder or choose another")
-        return found["complete"]
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"{output}: holds other things (no {MARKER} in it); choose another folder")
-    return False
-
-
-def write_marker(output, wanted, complete):
-    """Record in the folder what it is made with, whole or not at all."""
-    output.mkdir(parents=True, exist_ok=True)
-    temporary = output / f"{MARKER}.tmp"
-    temporary.write_text(json.dumps({"made_with": wanted, "complete": complete}, indent=2))
-    os.replace(temporary, output / MARKER)
-
-
-def run_patients(jobs, workers):
-    """write_patient for each job, in ``workers`` processes, with a progress bar."""
-    if workers == 0 or len(jobs) < 2:
-        for job in jobs:
-            write_patient(job)
-        return
-    context = multiprocessing.get_context("spawn")   # a forked process may hang in torch's threads
-    with ProcessPoolExecutor(min(workers, len(jobs)), context, start_worker) as pool:
-        try:
-            list(tqdm(pool.map(write_patient, jobs), total=len(jobs), unit="patient", desc="images"))
-        finally:
-            pool.shutdown(cancel_futures=True)       # on Ctrl-C: end the running jobs, start no other
-
-
 def write_patient(job):
     """One patient's X-rays, in a folder that is renamed when whole.  job: (folder, number, size, seed)."""
     folder, number, size, seed = job
-    unfinished = folder.with_name(f".{folder.name}")     # hidden: no reader of images looks there
-    unfinished.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng([seed, number])
     spacing = FIELD[2] / max(size, 128)              # coarser voxels would lose the ribs
     hu, _ = thorax_ct(rng, [round(length / spacing) for length in FIELD], (spacing,) * 3)
-    for visit in range(IMAGES_PER_PATIENT):
-        image = expose(hu, spacing, rng)
-        write_image(unfinished / f"{folder.name}-visit{visit + 1}", image, FORMATS[number % len(FORMATS)])
-    os.replace(unfinished, folder)
+    with whole_folder(folder) as unfinished:
+        for visit in range(IMAGES_PER_PATIENT):
+            image = expose(hu, spacing, rng)
+            write_image(unfinished / f"{folder.name}-visit{visit + 1}", image, FORMATS[number % len(FORMATS)])
 
 
 def expose(hu, spacing, rng):
@@ -129,16 +84,10 @@ def write_image(path, image, kind):
 def write_dicom(path, name, image, inverted):
     """A 12-bit digital X-ray; inverted: MONOCHROME1, where the largest stored value is black."""
     stored = np.rint(image * 4095).astype(np.uint16)
-    item = pydicom.Dataset()
-    item.file_meta = pydicom.dataset.FileMetaDataset()
-    item.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    item.SOPClassUID, item.SOPInstanceUID = DigitalXRayImageStorageForPresentation, generate_uid(None, [name])
-    item.PatientID, item.PatientName = name.split("-")[0], "Demo^Phantom"
-    item.Modality, item.BodyPartExamined, item.ViewPosition = "DX", "CHEST", "PA"
-    item.PhotometricInterpretation = "MONOCHROME1" if inverted else "MONOCHROME2"
-    item.Rows, item.Columns = image.shape
-    item.SamplesPerPixel, item.PixelRepresentation = 1, 0
-    item.BitsAllocated, item.BitsStored, item.HighBit = 16, 12, 11
-    item.WindowCenter, item.WindowWidth = 2048, 4096
-    item.PixelData = (4095 - stored if inverted else stored).tobytes()
+    item = dicom_image(4095 - stored if inverted else stored, DigitalXRayImageStorageForPresentation,
+                       generate_uid(entropy_srcs=[name]), BitsStored=12, HighBit=11,
+                       PhotometricInterpretation="MONOCHROME1" if inverted else "MONOCHROME2",
+                       PatientID=name.split("-")[0], PatientName="Demo^Phantom",
+                       Modality="DX", BodyPartExamined="CHEST", ViewPosition="PA",
+                       WindowCenter=2048, WindowWidth=4096)
     item.save_as(path, enforce_file_format=True)
