@@ -1,7 +1,5 @@
 """Pairs of chest X-rays of one patient at two times, with the map of what changed between them."""
 
-import csv
-import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -9,12 +7,12 @@ import torch
 from torch.utils.data import Dataset
 
 from datasets.io import letterbox, min_max, read_image
+from datasets.samplers import check_on_bad_file, item_generator
+from datasets.splits import SPLITS, split_groups
 from utils.config import BadFile, UserError
 
-SPLITS = ("train", "val", "test")
 DIFF_NAMES = ("diff_map.nii.gz", "difference_map.nii.gz")
 MEMBERS = ("prior.nii.gz", "current.nii.gz", *DIFF_NAMES)
-ON_BAD_FILE = ("stop", "skip")
 LABELS = ("case", "patient", "subject")
 
 
@@ -46,13 +44,6 @@ def member_paths(case):
     return case / "prior.nii.gz", case / "current.nii.gz", diff
 
 
-def check_on_bad_file(word):
-    """The word itself.  Raises UserError when it is not one of ON_BAD_FILE."""
-    if word not in ON_BAD_FILE:
-        raise UserError(f'ON_BAD_FILE = "{word}": must be one of {", ".join(ON_BAD_FILE)}')
-    return word
-
-
 def patient_of(case, root):
     """The patient: the first-level folder's name up to its first "_".
 
@@ -75,68 +66,14 @@ def split_cases(cases, root, val_fraction, test_fraction, csv=None):
     by_patient = {}
     for case in cases:
         by_patient.setdefault(patient_of(case, root), []).append(case)
-    if csv:
-        split_of = splits_from_csv(csv, by_patient, root)
-    else:
-        split_of = splits_by_hash(list(by_patient), val_fraction, test_fraction, root)
+    names = {"patient": {patient: [patient] for patient in by_patient},
+             "case": {patient: [Path(case).relative_to(root).as_posix() for case in members]
+                      for patient, members in by_patient.items()}}
+    split_of = split_groups(names, val_fraction, test_fraction, csv, f"{root}: {len(by_patient)} patient(s)")
     splits = {split: [] for split in SPLITS}
     for patient, members in by_patient.items():
         splits[split_of[patient]] += members
-    for split, wanted in (("train", True), ("val", val_fraction > 0)):
-        if wanted and not splits[split]:
-            raise UserError(f"{csv}: no case has the split {split}")
     return splits
-
-
-def splits_by_hash(patients, val_fraction, test_fraction, root):
-    """{patient: split}: patients in the order of their hashes, cut at the two fractions."""
-    if min(val_fraction, test_fraction) < 0 or val_fraction + test_fraction >= 1:
-        raise UserError(f"VAL_FRACTION {val_fraction}, TEST_FRACTION {test_fraction}: "
-                        "neither may be negative, and their sum must be below 1")
-    number = {patient: int(hashlib.sha256(patient.encode()).hexdigest()[:12], 16) / 16 ** 12
-              for patient in patients}
-    ordered = sorted(patients, key=number.get)
-    fractions = {"test": test_fraction, "val": val_fraction, "train": 1 - test_fraction - val_fraction}
-    wanted = [split for split, fraction in fractions.items() if fraction > 0]
-    if len(patients) < len(wanted):
-        raise UserError(f"{root}: {len(patients)} patient(s) cannot fill {', '.join(wanted)}; "
-                        "add patients, lower TEST_FRACTION or VAL_FRACTION to 0, or give SPLIT_CSV")
-    bounds = np.cumsum([fractions[split] for split in wanted])[:-1]
-    cuts = np.searchsorted([number[patient] for patient in ordered], bounds)
-    for i in range(len(cuts)):                              # each split keeps one patient at least
-        cuts[i] = np.clip(cuts[i], (cuts[i - 1] if i else 0) + 1, len(patients) - (len(cuts) - i))
-    groups = np.split(np.array(ordered, dtype=object), cuts)
-    return {patient: split for split, group in zip(wanted, groups, strict=True) for patient in group}
-
-
-def splits_from_csv(path, by_patient, root):
-    """{patient: split} as the file says.  Raises UserError naming the file and the line or missing case."""
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"SPLIT_CSV {path}: cannot be read ({error})") from error
-    key = next((name for name in ("patient", "case") if rows and name in rows[0]), None)
-    if key is None or "split" not in rows[0]:
-        raise UserError(f'SPLIT_CSV {path}: needs rows, a column "split" and a column "patient" or "case"')
-    split_of_name = {}
-    for line, row in enumerate(rows, start=2):
-        name, split = (row[key] or "").strip(), (row["split"] or "").strip()
-        if split not in SPLITS:
-            raise UserError(f'SPLIT_CSV {path}, line {line}: "{split}" is not one of {", ".join(SPLITS)}')
-        if split_of_name.setdefault(name, split) != split:
-            raise UserError(f"SPLIT_CSV {path}, line {line}: {name} is already in {split_of_name[name]}")
-    split_of = {}
-    for patient, cases in by_patient.items():
-        names = [patient] if key == "patient" else [Path(case).relative_to(root).as_posix() for case in cases]
-        absent = [name for name in names if name not in split_of_name]
-        if absent:
-            raise UserError(f"SPLIT_CSV {path}: {key} {absent[0]} is missing")
-        found = {split_of_name[name] for name in names}
-        if len(found) > 1:
-            raise UserError(f"SPLIT_CSV {path}: patient {patient} is in {' and '.join(sorted(found))}")
-        split_of[patient] = found.pop()
-    return split_of
 
 
 def read_case(case, size):
@@ -211,9 +148,3 @@ class LongitudinalMIMDataset(Dataset):
                     raise
                 bad_files.append(str(error))
         raise UserError(f"none of the {len(self)} cases can be read: {bad_files[0]}")
-
-
-def item_generator(seed, epoch, index):
-    """torch.Generator for one item: equal for equal arguments, unrelated for any others."""
-    state = np.random.SeedSequence([seed, epoch, index]).generate_state(1, np.uint64)
-    return torch.Generator().manual_seed(int(state[0] >> np.uint64(1)))

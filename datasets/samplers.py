@@ -1,8 +1,11 @@
 """Which samples a process reads, in which order, and from where a resumed epoch goes on."""
 
 import numpy as np
+import torch
 
 from utils.config import UserError
+
+ON_BAD_FILE = ("stop", "skip")
 
 
 class ShardedSampler:
@@ -47,3 +50,71 @@ def count_real(batch, batch_size, length, rank, world_size):
     """
     share = len(range(rank, length, world_size))
     return min(max(share - batch * batch_size, 0), batch_size)
+
+
+class StudyAwareBatchSampler:
+    """Batches of whole studies: ``batch_size`` counts images, and a study is never divided.
+
+    groups: item indices of each study, list of lists, as ``StudyDataset.groups`` gives them; with groups of
+    one index this is plain batching.  Studies are taken in the order of (seed, epoch) and packed until the
+    next one would not fit; one with more than batch_size images is a batch of its own.  Rank r reads every
+    world_size-th batch from the r-th on, the first ones again at the end, so all ranks read equally many.
+    For DataLoader(batch_sampler=...).  UserError: no groups, or a batch size below 1.
+    """
+
+    def __init__(self, groups, batch_size, shuffle, seed, rank, world_size):
+        if not groups or not all(groups):
+            raise UserError("no studies to read, or one without images; check --data and the split fractions")
+        if batch_size < 1:
+            raise UserError(f"a batch of {batch_size} images: must be 1 at least")
+        self.groups, self.batch_size, self.shuffle, self.seed = groups, batch_size, shuffle, seed
+        self.rank, self.world_size = rank, world_size
+        self.set_position(0)
+
+    def set_position(self, epoch, start_batch=0):
+        """Read ``epoch`` from this rank's batch ``start_batch`` on."""
+        self.batches, self.start_batch = self.pack(epoch), start_batch
+
+    def pack(self, epoch):
+        """All batches of an epoch over all ranks, without repeats: lists of numbers of groups."""
+        order = np.arange(len(self.groups))
+        if self.shuffle:
+            order = np.random.default_rng([self.seed, epoch]).permutation(len(order))
+        batches, room = [], 0
+        for group in order.tolist():
+            if not batches or len(self.groups[group]) > room:
+                batches.append([])
+                room = self.batch_size
+            batches[-1].append(group)
+            room -= len(self.groups[group])
+        return batches
+
+    def __iter__(self):
+        for number in range(self.start_batch, len(self)):
+            batch = self.batches[(number * self.world_size + self.rank) % len(self.batches)]    # wraps around
+            yield [index for group in batch for index in self.groups[group]]
+
+    def length(self, epoch):
+        """Batches of a rank in a whole epoch, the same for all ranks; it can differ between epochs."""
+        return -(-len(self.pack(epoch)) // self.world_size)
+
+    def __len__(self):
+        """Batches of this rank in the whole current epoch, also after set_position."""
+        return -(-len(self.batches) // self.world_size)
+
+    def real(self, batch):
+        """Whether this rank's batch number ``batch`` of the current epoch is no repeat."""
+        return batch * self.world_size + self.rank < len(self.batches)
+
+
+def item_generator(seed, epoch, index):
+    """torch.Generator for one item: equal for equal arguments, unrelated for any others."""
+    state = np.random.SeedSequence([seed, epoch, index]).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(state[0] >> np.uint64(1)))
+
+
+def check_on_bad_file(word):
+    """The word itself.  Raises UserError when it is not one of ON_BAD_FILE."""
+    if word not in ON_BAD_FILE:
+        raise UserError(f'ON_BAD_FILE = "{word}": must be one of {", ".join(ON_BAD_FILE)}')
+    return word

@@ -1,9 +1,11 @@
 """Who reads what, and where a resumed epoch goes on."""
 
+import numpy as np
 import pytest
+import torch
 from torch.utils.data import DataLoader
 
-from datasets.samplers import ShardedSampler, count_real
+from datasets.samplers import ShardedSampler, StudyAwareBatchSampler, count_real, item_generator
 from utils.config import UserError
 
 
@@ -69,3 +71,102 @@ def test_an_empty_data_set_is_an_error():
     """Training on nothing must not look like training."""
     with pytest.raises(UserError, match="no samples"):
         ShardedSampler(0, True, 0, 0, 1)
+
+
+def studies(num_studies=37, most=9, seed=0):
+    """Item indices of studies with 1 to ``most`` images each."""
+    bounds = np.cumsum(np.random.default_rng(seed).integers(1, most + 1, num_studies))
+    return [indices.tolist() for indices in np.split(np.arange(bounds[-1]), bounds[:-1])]
+
+
+def batches_of(groups, rank=0, world_size=1, epoch=1, start_batch=0, batch_size=8, shuffle=True, seed=0):
+    sampler = StudyAwareBatchSampler(groups, batch_size, shuffle, seed, rank, world_size)
+    sampler.set_position(epoch, start_batch)
+    return list(sampler)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 50])
+@pytest.mark.parametrize("batch_size", [1, 4, 8, 100])
+def test_every_study_is_whole_in_one_batch_and_read_once(world_size, batch_size):
+    """Half a study has half its findings; over all ranks only the marked repeats come twice."""
+    groups = studies()
+    seen = []
+    for rank in range(world_size):
+        sampler = StudyAwareBatchSampler(groups, batch_size, True, 0, rank, world_size)
+        for number, batch in enumerate(sampler):
+            members = [group for group in groups if group[0] in batch]
+            assert sorted(batch) == sorted(index for group in members for index in group)
+            assert len(batch) <= batch_size or len(members) == 1
+            seen += members if sampler.real(number) else []
+    assert sorted(seen) == groups
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_lengths_are_exact_in_every_epoch(world_size, shuffle):
+    """Schedules end with the last step; a rank with one batch more would wait for the others for ever."""
+    groups, lengths = studies(), set()
+    samplers = [StudyAwareBatchSampler(groups, 8, shuffle, 0, rank, world_size) for rank in range(world_size)]
+    announced = sum(samplers[0].length(epoch) for epoch in range(20))
+    iterated = 0
+    for epoch in range(20):
+        for sampler in samplers:
+            sampler.set_position(epoch)
+        counts = {len(list(sampler)) for sampler in samplers}
+        assert counts == {len(samplers[0])}
+        lengths |= counts
+        iterated += counts.pop()
+    assert iterated == announced and (len(lengths) > 1) == shuffle
+
+
+def test_studies_are_packed_in_order_until_the_next_does_not_fit():
+    """Against packing by hand; the study of six images has a batch to itself."""
+    groups = [[0, 1], [2], [3, 4], [5, 6, 7, 8, 9, 10], [11], [12, 13, 14]]
+    assert batches_of(groups, shuffle=False, batch_size=4) == \
+        [[0, 1, 2], [3, 4], [5, 6, 7, 8, 9, 10], [11, 12, 13, 14]]
+
+
+def test_groups_of_one_image_are_plain_batches():
+    """One sampler serves pretraining on single images too."""
+    groups = [[i] for i in range(11)]
+    assert batches_of(groups, shuffle=False, batch_size=4) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10]]
+    assert [index for batch in batches_of(groups, batch_size=4) for index in batch] == share(0, 1)
+
+
+def test_study_batches_depend_on_seed_and_epoch_alone():
+    """Not on the number of ranks: they deal out the same batches."""
+    groups, one = studies(), batches_of(studies())
+    assert one == batches_of(groups)
+    assert one != batches_of(groups, epoch=2) and one != batches_of(groups, seed=1)
+    dealt = [batches_of(groups, rank, 3) for rank in range(3)]
+    assert [dealt[i % 3][i // 3] for i in range(len(one))] == one
+    assert [dealt[i % 3][i // 3] for i in range(len(one), 3 * len(dealt[0]))] == one[:-len(one) % 3]
+
+
+def test_a_resumed_epoch_of_studies_goes_on_with_the_next_batch():
+    """The rest is that of an epoch that was never stopped, through a loader; the length stays the epoch's."""
+    groups = studies()
+    whole = batches_of(groups, rank=1, world_size=2, epoch=3)
+    sampler = StudyAwareBatchSampler(groups, 8, True, 0, 1, 2)
+    loader = DataLoader(range(1000), batch_sampler=sampler)
+    sampler.set_position(3, start_batch=5)
+    assert [batch.tolist() for batch in loader] == whole[5:]
+    assert len(loader) == len(whole)
+    sampler.set_position(4)
+    assert [batch.tolist() for batch in loader] == batches_of(groups, rank=1, world_size=2, epoch=4)
+
+
+def test_study_batches_of_nothing_are_an_error():
+    """Neither an empty data set, nor a study without images, nor a batch without room."""
+    for groups, batch_size, message in ([], 4, "no studies"), ([[0], []], 4, "without"), ([[0]], 0, "batch"):
+        with pytest.raises(UserError, match=message):
+            StudyAwareBatchSampler(groups, batch_size, True, 0, 0, 1)
+
+
+def test_generators_are_equal_for_equal_arguments_alone():
+    """An item's draws must not repeat those of another item, epoch or seed."""
+    draws = {tuple(torch.rand(2, generator=item_generator(seed, epoch, index)).tolist())
+             for seed in range(5) for epoch in range(5) for index in range(5)}
+    assert len(draws) == 125
+    assert torch.equal(torch.rand(9, generator=item_generator(1, 2, 3)),
+                       torch.rand(9, generator=item_generator(1, 2, 3)))
