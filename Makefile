@@ -1,17 +1,25 @@
 # make demo   trains the chest X-ray model on small demo data and shows what changed: about 5 minutes on 2 cores
+# make demo-brain   the same for brain studies: pretrains, classifies, judges; about N minutes
 # make test   every test
-# Both make .venv first when it is missing.
+# Each makes .venv first when it is missing.
 
 PYTHON ?= python3
 BIN := .venv/bin
 SETUP := .venv/installed
 
-.PHONY: demo test setup lint bench clean
+.PHONY: demo demo-brain test setup lint bench clean
 
 demo: setup
 	$(BIN)/python longitudinal_MIM_training.py -p demo -n demo -c auto
 	$(BIN)/python infer_longitudinal.py --checkpoint runs/demo/longitudinal_mim_best.pt \
 		--data data/demo/longitudinal/pairs --split test --baseline --output predictions/demo
+
+demo-brain: setup
+	$(BIN)/python prepare_data.py demo studies
+	$(BIN)/python train_pretrain.py --method jepa -p brain_demo -n brain_demo -c auto
+	$(BIN)/python train_finetune.py --task mil -p brain_demo -n findings_demo -c auto \
+		--init runs/brain_demo/jepa_last.pt
+	$(BIN)/python evaluate.py --checkpoint runs/findings_demo/mil_best.pt --output predictions/findings_demo
 
 test: setup
 	$(BIN)/python -m pytest

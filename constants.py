@@ -1,8 +1,11 @@
 """Every hyperparameter, one numbered section per subject; the scripts read them as ``C.NAME``.
 
-    1 Run      2 Optimisation      3 Schedules
-    Longitudinal: 4 data and training   5 model   6 losses   7 inside the losses   8 augmentation   9 pairs
-    10 Longitudinal pairs from CT       11 Demo data
+    1 Run      2 Optimisation      3 Schedules      4 Demo data
+    Longitudinal: 5 data and training   6 model   7 losses   8 inside the losses   9 augmentation   10 pairs
+    11 Longitudinal pairs from CT
+    Brain studies: 12 cache and splits   13 what a network sees   14 token transformer
+    15 JEPA   16 JEPA's schedule and predictor   17 JEPA's masks
+    Study classification (MIL): 18 training   19 network and loss
 
 Literals only.  For one run, ``-p PRESET`` overrides the values here and ``--set NAME=VALUE`` overrides both;
 the values used are written to ``training_params.json``.
@@ -17,6 +20,7 @@ ON_BAD_FILE = "stop"             # "stop" | "skip": the next readable case stand
 PRECISION = "bf16"               # "fp32" | "bf16" | "fp16" (with gradient scaling)
 CHANNELS_LAST = True             # memory format of convolutions
 COMPILE = False                  # torch.compile of the network
+ACTIVATION_CHECKPOINTING = False  # less memory, more time
 STRATEGY = "ddp"                 # torchrun: "ddp" | "zero2" shards gradients, moments | "fsdp" weights too
 CHECKPOINT_MINUTES = 10.0        # between two writes of *_last.pt inside an epoch
 SAVE_EVERY_EPOCHS = 1            # keep *_epoch_N.pt of every n-th epoch; 0: only the best
@@ -51,7 +55,19 @@ RESTART_T0 = 1                   # cosine_restarts: length of the first cycle
 RESTART_T0_UNIT = "epoch"        # cosine_restarts: "epoch" | "step"
 RESTART_T_MULT = 2               # cosine_restarts: growth of the cycles
 
-# ---------------------------------- 4 Longitudinal: data and training
+# ------------------------------------------------------------- 4 Demo data
+DEMO_DIR = "data/demo"           # made on first use
+DEMO_STUDIES = 12                # invented brain studies, two thirds MRI and one third CT
+DEMO_SIZE = 128                  # pixels per side of the pairs, and about the width of the X-rays
+DEMO_PATIENTS = 40               # invented ones
+DEMO_PAIRS_PER_PATIENT = 10      # shared out among the two images of a patient; odd numbers are rounded up
+DEMO_SETTINGS = {                # replace PAIR_*: phantoms have little texture, so appearance must differ
+    # more for a registered subtraction to do as badly as on patients; nodules are hardly seen at 128 pixels
+    "exposure": 0.8, "local_contrast": 0.6, "breath": 0.05, "bend": 0.006,
+    "findings": {"nodules": 0.1, "consolidation": 0.4, "effusion": 0.35, "pneumothorax": 0.15,
+                 "cardiomegaly": 0.15}}
+
+# ---------------------------------- 5 Longitudinal: data and training
 IMG_SIZE = 512                   # pixels, divisible by 32
 BATCH_SIZE = 4                   # image pairs per rank and micro-batch
 UPDATE_EVERY_BATCHES = 12        # micro-batches per optimizer step
@@ -63,7 +79,7 @@ TEST_FRACTION = 0.15             # of the patients; never seen by training
 SPLIT_CSV = ""                   # columns patient or case, split (train|val|test); "": by hash of patient
 CHANGE_THRESHOLD = 0.05          # |difference| above which a pixel counts as changed
 
-# ------------------------------------------------- 5 Longitudinal: model
+# ------------------------------------------------- 6 Longitudinal: model
 EFFICIENTNET = "b7"              # "b0" .. "b7"
 VIT = "base"                     # "tiny" (192) | "small" (384) | "base" (768)
 DECODER_CHANNELS = [256, 192, 128, 64, 32]  # widths at strides 32, 16, 8, 4, 2; multiples of 8
@@ -71,13 +87,12 @@ EFFICIENTNET_WEIGHTS = ""        # torchvision state dict (.pth); "": random
 VIT_WEIGHTS = ""                 # Hugging Face folder of a ViT or DINOv2 (RAD-DINO); "": random
 ANTISYMMETRIC = False            # swapping the images negates the map exactly
 DROPOUT = 0.1                    # of whole channels of the deepest features
-ACTIVATION_CHECKPOINTING = False  # less memory, more time
 MASK_PATCH_SIZE = 128            # pixels, side of a hidden patch
 MASK_MODE = "single"             # "single": one patch of one image | "random": each patch by itself
 MASK_PROB_LOW = 0.05             # probability of hiding at the start and the end of the schedule
 MASK_PROB_HIGH = 0.7             # and in its middle
 
-# ------------------------------------------------ 6 Longitudinal: losses
+# ------------------------------------------------ 7 Longitudinal: losses
 USE_L1 = True
 USE_L2 = True
 USE_SSIM = False
@@ -96,7 +111,7 @@ LAMBDA_FOURIER = 0.05
 LAMBDA_GAN = 0.5
 LAMBDA_DICE = 0.1
 
-# ------------------------------------------ 7 Longitudinal: inside the losses
+# ------------------------------------------ 8 Longitudinal: inside the losses
 CHANGE_WEIGHT = 10.0             # weight of a changed pixel in L1 and L2; an unchanged one weighs 1
 DICE_TEMPERATURE = 0.05          # width of the soft threshold of the Dice term, in units of the map
 VGG_WEIGHTS = ""                 # file of torchvision's vgg19_bn weights (vgg19_bn-c79401a0.pth)
@@ -105,7 +120,7 @@ GAN_LR = 2e-4                    # of the discriminator
 GAN_WEIGHT_DECAY = 0.0           # of the discriminator
 GAN_BETAS = [0.5, 0.999]         # of the discriminator's AdamW (Radford et al. 2016, arXiv:1511.06434)
 
-# --------------------------- 8 Longitudinal: augmentation, in training only
+# --------------------------- 9 Longitudinal: augmentation, in training only
 AUG_FLIP = 0.5                   # probability of mirroring left and right
 AUG_ROTATION = 5.0               # degrees: limit of a rotation of both images and the map
 AUG_SHIFT = 0.03                 # of the side: limit of a shift of both images and the map
@@ -115,7 +130,7 @@ AUG_SHARPNESS = 0.3              # probability of sharpening or blurring
 AUG_EXPOSURE = 0.2               # limit of |log(gamma)| and of -log(gain), drawn for each image
 AUG_NOISE = 0.01                 # of the [0, 1] image: limit of the noise's standard deviation
 
-# --------------- 9 Longitudinal: pairs made by prepare_data.py pairs and demo
+# --------------- 10 Longitudinal: pairs made by prepare_data.py pairs and demo
 PAIR_SIZE = 256                  # pixels per side of the pairs
 PAIR_PER_IMAGE = 8               # pairs made from one X-ray or CT volume
 PAIR_UNCHANGED = 0.2             # share of pairs in which no finding differs
@@ -132,7 +147,7 @@ PAIR_LOCAL_CONTRAST = 0.4        # limit of the gain of details
 PAIR_NOISE = 0.015               # of the [0, 1] image: limit of the standard deviation of the grain
 PAIR_BLUR = 0.7                  # limit of sigma in pixels of a 256-pixel image
 
-# --------------------- 10 Longitudinal: pairs from CT (prepare_data.py pairs --ct)
+# --------------------- 11 Longitudinal: pairs from CT (prepare_data.py pairs --ct)
 CT_SPACING_MM = 2.5              # isotropic voxels that volumes are resampled to
 CT_MARGIN_MM = 25.0              # around the lungs in the projected image
 CT_MAX_ANGLE = 17.5              # degrees: limit of the rotation about each axis, at each time
@@ -148,19 +163,102 @@ CT_EFFUSION_HEIGHT = [0.06, 0.45]         # least, largest level over the lung's
 CT_PNEUMOTHORAX_RIM_MM = [10.0, 45.0]     # least, largest width of the air, at the apex
 CT_CARDIOMEGALY_GROWTH_MM = [8.0, 30.0]   # least, largest, towards the left; 0.4 of it towards the right
 
-# ------------------------------------------------------------- 11 Demo data
-DEMO_DIR = "data/demo"           # made on first use
-DEMO_SIZE = 128                  # pixels per side of the pairs, and about the width of the X-rays
-DEMO_PATIENTS = 40               # invented ones
-DEMO_PAIRS_PER_PATIENT = 10      # shared out among the two images of a patient; odd numbers are rounded up
-DEMO_SETTINGS = {                # replace PAIR_*: phantoms have little texture, so appearance must differ
-    # more for a registered subtraction to do as badly as on patients; nodules are hardly seen at 128 pixels
-    "exposure": 0.8, "local_contrast": 0.6, "breath": 0.05, "bend": 0.006,
-    "findings": {"nodules": 0.1, "consolidation": 0.4, "effusion": 0.35, "pneumothorax": 0.15,
-                 "cardiomegaly": 0.15}}
+# ------------------------------- 12 Brain studies: cache and splits
+STUDY_SPACING_MM = [4.0, 1.0]    # of the cached grid: along the slice axis, in the plane
+STUDY_MRI_PERCENTILES = [0.5, 99.5]  # MRI values are clipped to these, then stretched to 0..255
+STUDY_MRI_BACKGROUND = 10.0      # percentile of an MRI up to which a voxel is background
+STUDY_CT_BACKGROUND_HU = -500.0  # CT values up to this are background
+STUDY_VAL_FRACTION = 0.15        # of the studies
+STUDY_TEST_FRACTION = 0.15       # of the studies; never seen by training
+STUDY_SPLIT_CSV = ""             # columns study, split (train|val|test); "": by hash of the study's name
+STUDY_LABELS = ""                # CSV with study_id and label columns; "": the demo's, or none
+
+# ---------------------------- 13 Brain studies: what a network sees
+STUDY_REMOVE_BACKGROUND = True   # leave out tokens that hold a background voxel
+STUDY_WINDOW_PROBABILITIES = [0.7, 0.15, 0.15]   # of a CT's brain, blood and bone window, where one is drawn
+STUDY_MAX_CROP = [20, 20, 20]    # tokens: largest random crop, D, H, W
+STUDY_SPATIAL_AUGMENT = True     # flips and swap of the two axes in the plane, each with probability 0.5
+STUDY_GAMMA = 0.2                # limit of |log(gamma)|; this and the next three: training only, 0 is off
+STUDY_BRIGHTNESS = 0.1           # limit of |shift| of the [0, 1] image
+STUDY_CONTRAST = 0.2             # limit of |change| of the contrast about the mean
+STUDY_NOISE = 0.05               # limit of the standard deviation of noise on the normalised image
+
+# ------------------------------ 14 Brain studies: token transformer
+STUDY_VIT = "base"               # "tiny" | "small" | "base" | "large" | "huge" | "custom": by the next four
+STUDY_VIT_DIM = 768              # custom: width
+STUDY_VIT_DEPTH = 12             # custom: blocks
+STUDY_VIT_HEADS = 12             # custom: attention heads
+STUDY_VIT_MLP_RATIO = 4.0        # custom: hidden width of the MLPs / width
+STUDY_POSITION = "concat"        # "concat": 30 of the dimensions are the 3D sinusoids | "add"
+STUDY_ATTENTION = "auto"         # "auto" | "sequences" | "buckets" | "block_mask" | "nested" | "varlen"
+STUDY_DROPOUT = 0.0              # of attention and MLPs
+STUDY_DROP_PATH = 0.0            # of whole residual branches, at the last block; less before
+
+# --------------------- 15 JEPA (train_pretrain.py --method jepa): training
+JEPA_EPOCHS = 100                # passes over the training images
+JEPA_BATCH_SIZE = 8              # images per rank and micro-batch
+JEPA_UPDATE_EVERY_BATCHES = 1    # micro-batches per optimizer step
+JEPA_STUDY_SAMPLER = False       # batches of whole studies with all their series and windows
+JEPA_RANDOM_CROP = True          # train on random crops with foreground in them
+JEPA_LR = 3.75e-4                # peak learning rate
+JEPA_SCALE_LR = False            # multiply JEPA_LR by effective batch / 256
+JEPA_WEIGHT_DECAY = 0.05         # of sgd, adam, adamw
+JEPA_NO_DECAY_NORM_BIAS = False  # as NO_DECAY_NORM_BIAS, which the others use
+JEPA_TEACHER_MOMENTUM = [0.994, 1.0]  # of the teacher's average: first, last; linear
+JEPA_MONITOR = "val/loss"        # the metric of jepa_best.pt and KEEP_TOP_K
+JEPA_MONITOR_MODE = "min"        # "min" | "max"
+JEPA_PROBE_EVERY = 5             # epochs between probes of frozen features on labelled studies; 0: never
+
+# ------------------------------- 16 JEPA: schedule and predictor
+JEPA_SCHEDULE = "cosine"         # as SCHEDULE
+JEPA_WARMUP_STEPS = 0.1          # cosine: steps, or a fraction of all steps when below 1
+JEPA_START_LR = 1e-4             # cosine: first rate of the warm-up
+JEPA_FINAL_LR = 1e-6             # cosine, cosine_restarts: lowest rate
+JEPA_IPE_SCALE = 1.25            # length of the rate's and the momentum's schedule / length of the training
+JEPA_PREDICTOR_DIM = 512         # width
+JEPA_PREDICTOR_DEPTH = 4         # blocks
+JEPA_PREDICTOR_HEADS = 8         # attention heads
+
+# --------------------------------------------------------- 17 JEPA: masks
+JEPA_TARGET_SHARE = {"mri": 0.70, "ct": 0.75}      # of the foreground that the block of targets covers
+JEPA_CONTEXT_CEILING = {"mri": 0.25, "ct": 0.20}   # of the foreground; slabs above it are dropped
+JEPA_CONTEXT_RANGE = [0.05, 0.5]   # of the foreground; other masks are drawn again
+JEPA_ASPECT = [0.3, 3.0]         # height / width of the block, drawn between them
+JEPA_DROP_RATE = 0.1             # share of context tokens that become targets
+
+# --------------------- 18 MIL (train_finetune.py --task mil): training
+MIL_EPOCHS = 50                  # passes over the training studies
+MIL_BATCH_SIZE = 16              # images (series, CT windows) per rank and micro-batch, in whole studies
+MIL_UPDATE_EVERY_BATCHES = 1     # micro-batches per optimizer step
+MIL_LR = 5e-4                    # peak learning rate of the pooler
+MIL_BACKBONE_LR_SCALE = 0.1      # rate of the backbone / MIL_LR, where it is trained
+MIL_WEIGHT_DECAY = 0.05          # of sgd, adam, adamw
+MIL_SCHEDULE = "cosine"          # as SCHEDULE
+MIL_RANDOM_CROP = False          # train on random crops
+MIL_PATCH_DROP = 0.1             # share of tokens left out in training
+MIL_MONITOR = "val/auroc"        # the metric of mil_best.pt and KEEP_TOP_K
+MIL_MONITOR_MODE = "max"         # "min" | "max"
+
+# ------------------------------------------- 19 MIL: network and loss
+MIL_FREEZE_BACKBONE = True       # train the pooler alone
+MIL_POOLER = "classify_then_aggregate"  # | "aggregate_then_classify" | "average"
+MIL_ATTENTION_DIM = 512          # hidden width of the gated attention
+MIL_ATTENTION_HEADS = 1          # aggregate_then_classify: 1, or 0 for one per label
+MIL_USE_NORM = False             # LayerNorm of the tokens before the pooler
+MIL_MLP_DIMS = [384]             # hidden widths of the classifier; [] for a linear one
+MIL_LOSS = "bce"                 # "bce": labels 0, 1 | "ce": classes | "mse" | "mae" | "rmse": numbers
+MIL_CLASS_WEIGHTS = []           # bce: of each label's positives, ce: of each class; []: by MIL_BALANCE
+MIL_BALANCE = True               # weights from the counts in training (bce, ce)
 
 # A preset is chosen with -p NAME; it overrides the values above.
 PRESETS = {
+    "brain_demo": {              # minutes on two CPU cores, for train_pretrain.py and train_finetune.py
+        "STUDY_VIT": "custom", "STUDY_VIT_DIM": 192, "STUDY_VIT_DEPTH": 4, "STUDY_VIT_HEADS": 4,
+        "JEPA_EPOCHS": 20, "JEPA_BATCH_SIZE": 4, "JEPA_TEACHER_MOMENTUM": [0.99, 1.0],
+        "JEPA_PREDICTOR_DIM": 128, "JEPA_PREDICTOR_DEPTH": 2, "JEPA_PREDICTOR_HEADS": 4,
+        "MIL_EPOCHS": 20, "MIL_ATTENTION_DIM": 64, "MIL_MLP_DIMS": [64], "MIL_LR": 1e-3, "EMA_DECAY": 0.9,
+        "STUDY_VAL_FRACTION": 0.25, "STUDY_TEST_FRACTION": 0.25, "MIL_MONITOR": "val/loss",
+        "MIL_MONITOR_MODE": "min"},
     "demo": {                    # the smallest useful run: minutes on two CPU cores
         "EFFICIENTNET": "b0", "VIT": "tiny", "IMG_SIZE": 128, "MASK_PATCH_SIZE": 32, "BATCH_SIZE": 8,
         "UPDATE_EVERY_BATCHES": 1, "LONGITUDINAL_MIM_EPOCHS": 8, "MAX_LR": 1e-3, "MASK_PROB_HIGH": 0.2,

@@ -32,26 +32,16 @@ from models.longitudinal_mim import LongitudinalMIMModelBig
 from models.patch_gan import PatchDiscriminator
 from models.pretrained import load_efficientnet_weights, load_vit_weights
 from prepare_data import make_longitudinal_demo
-from utils import distributed, states
-from utils.checkpoint import copy_checkpoint, load_backbone, prune_epochs, save_checkpoint
-from utils.config import (
-    apply_overrides,
-    apply_preset,
-    changed_constants,
-    hyperparameters,
-    run_script,
-    training_parser,
-    write_training_params,
-)
+from utils import config, distributed, states
+from utils.checkpoint import load_backbone, save_checkpoint
 from utils.device import autocast, to_device
 from utils.ema import EMA
-from utils.history import Trackers, batch_line, epoch_line, progress_bar, write_metrics_csv
+from utils.history import Trackers, batch_line, epoch_line, progress_bar, write_history
 from utils.interrupts import Interrupts, leave_to_parent
 from utils.metrics import ChangeMetrics
 from utils.optim import build_optimizer, parameter_groups
 from utils.overlay import sample_sheet
-from utils.plotting import plot_detailed_curves, plot_loss_curves
-from utils.runs import check_finite, open_run, resume_position
+from utils.runs import check_finite, keep_checkpoint, open_run, resume_position
 from utils.schedules import accumulation_group, build_scheduler, go_to_step, mask_probability
 
 KIND = "longitudinal_mim"
@@ -192,9 +182,9 @@ def discriminator_term(discriminator, pred, batch):
 
 
 def main():
-    args = training_parser(__doc__).parse_args()
-    apply_preset(C, args.preset)
-    apply_overrides(C, args.set)
+    args = config.training_parser(__doc__).parse_args()
+    config.apply_preset(C, args.preset)
+    config.apply_overrides(C, args.set)
     device = distributed.setup_distributed()
     torch.manual_seed(C.SEED)
     run_dir, checkpoint = open_run(C.RUNS_DIR, args.save_name, args.checkpoint, KIND)
@@ -241,7 +231,7 @@ def main():
         first_epoch, first_batch = resume_position(checkpoint, num_batches, C.UPDATE_EVERY_BATCHES)
         running = {name: value.to(device) for name, value in checkpoint["running"].items()}
         states.restore_rng_state(checkpoint["rng_state"])
-        changed = changed_constants(C, checkpoint["constants"])
+        changed = config.changed_constants(C, checkpoint["constants"])
         if changed or checkpoint["total_steps"] != total_steps:
             go_to_step(scheduler, settings, step)
         else:
@@ -253,8 +243,8 @@ def main():
 
     trackers = None
     if distributed.is_main():
-        trackers = Trackers(C.TRACKERS, run_dir, hyperparameters(C), step)
-        write_training_params(
+        trackers = Trackers(C.TRACKERS, run_dir, config.hyperparameters(C), step)
+        config.write_training_params(
             run_dir, C, preset=args.preset, overrides=args.set, kind=KIND,
             data=str(data), train_cases=len(train_set), val_cases=len(val_set),
             world_size=distributed.world_size(), device=str(device), parameters=parameters,
@@ -274,7 +264,7 @@ def main():
             "gan_state_dict": None if discriminator is None else {
                 "model": states.model_state(discriminator),
                 "optimizer": states.optimizer_state(discriminator, gan_optimizer)},
-            "rng_state": states.gather_rng_state(), "constants": hyperparameters(C)}
+            "rng_state": states.gather_rng_state(), "constants": config.hyperparameters(C)}
         if distributed.is_main():
             save_checkpoint(run_dir / f"{KIND}_last.pt", **entries)
         interrupts.saved()
@@ -368,19 +358,13 @@ def main():
         running, first_batch = {}, 0
         save_last(epoch, num_batches, row["train/loss"], row["val/loss"])
         if distributed.is_main():
-            last, name = run_dir / f"{KIND}_last.pt", f"{KIND}_epoch_{epoch}.pt"
-            copy_checkpoint(last, run_dir / name)
-            if is_best or not (run_dir / f"{KIND}_best.pt").exists():
-                copy_checkpoint(last, run_dir / f"{KIND}_best.pt")
-            kept = prune_epochs(run_dir, KIND, history, C.KEEP_TOP_K, C.SAVE_EVERY_EPOCHS)
-            write_metrics_csv(run_dir / "metrics.csv", history)
-            plot_loss_curves(run_dir / "loss_curves.png", history)
-            plot_detailed_curves(run_dir / "detailed_loss_curves.png", history)
+            kept = keep_checkpoint(run_dir, KIND, history, is_best, C.KEEP_TOP_K, C.SAVE_EVERY_EPOCHS)
+            write_history(run_dir, history)
             if rows:
                 sample_sheet(run_dir / "samples" / f"epoch_{epoch}.png", rows)
             trackers.log(row, step)
             print(f"{epoch_line(row)} ({time.monotonic() - started:.0f} s)")
-            print(f"Saved checkpoint: {name}" if run_dir / name in kept else f"Saved checkpoint: {last.name}")
+            print(f"Saved checkpoint: {kept}")
 
     if distributed.is_main():
         trackers.close()
@@ -391,4 +375,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_script(main)
+    config.run_script(main)

@@ -1,37 +1,52 @@
-"""Make data for training: a demonstration set, or pairs with a known difference map from your own X-rays.
+"""Make data for training: demonstration sets, caches of brain studies, pairs with a known difference map.
 
-    python prepare_data.py demo --output data/demo
+    python prepare_data.py demo
+    python prepare_data.py demo studies
+    python prepare_data.py cache --data my_studies --output data/cache --workers 8
+    python prepare_data.py cache --data my_studies --output data/cache --modes data/cache/mode_mapping.csv
     python prepare_data.py pairs --data my_xrays --output data/pairs --per-image 8 --size 256 --workers 4
     python prepare_data.py pairs --data my_xrays --output data/pairs --findings nodules effusion=0.5
     python prepare_data.py pairs --data my_ct --ct --output data/ct_pairs
 
-Interrupt and start again as you like: whole cases are kept, the rest is made.
+cache reads study folders of NIfTI files and DICOM series; its settings are section 12 of constants.py.
+Interrupt and start again as you like: what is whole is kept, the rest is made.
 """
 
 import argparse
 from pathlib import Path
 
 import constants as C
+from datasets.cache import write_cache
 from datasets.demo import write_longitudinal_demo
+from datasets.demo_studies import write_demo_studies
 from datasets.drr import write_ct_pairs
 from datasets.findings import FINDINGS
 from datasets.pair_files import find_sources, find_volumes
 from datasets.pairs import write_pairs
 from utils.config import UserError, apply_overrides, closest, run_script
+from utils.distributed import barrier, is_main
 
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    demo = commands.add_parser("demo", help="a small made-up set, ready for training")
+    demo = commands.add_parser("demo", help="small made-up sets, ready for training")
+    demo.add_argument("sets", nargs="*", metavar="SET",
+                      help=f"which ones: {', '.join(DEMOS)} (default: all)")
+    cache = commands.add_parser("cache", help="brain MRI and CT studies as small files that load at once")
     pairs = commands.add_parser("pairs", help="pairs with a known difference map from X-rays or CT volumes")
     for command in (demo, pairs):
-        command.add_argument("--output", required=command is pairs, metavar="DIR", help="folder for the data")
-        command.add_argument("--size", type=int, help="pixels per side (default: constants.py)")
+        command.add_argument("--size", type=int, help="pixels per side of X-rays (default: constants.py)")
         command.add_argument("--seed", type=int, help="(default: SEED)")
+    for command in (demo, cache, pairs):
+        command.add_argument("--output", required=command is not demo, metavar="DIR", help="folder for data")
         command.add_argument("--workers", type=int, help="processes; 0: this one only (default: NUM_WORKERS)")
         command.add_argument("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE",
                              help="override constants.py")
+    cache.add_argument("--data", required=True, metavar="DIR",
+                       help="a folder per study; below it NIfTI files and DICOM series, in any order")
+    cache.add_argument("--modes", metavar="CSV",
+                       help="columns study, mode (mri|ct); without it guessed: see mode_mapping.csv there")
     pairs.add_argument("--data", required=True, metavar="DIR",
                        help="X-rays (PNG, JPEG, TIFF, DICOM, NIfTI); with --ct: NIfTI files, DICOM folders")
     pairs.add_argument("--patients", metavar="CSV", help="columns path (below --data), patient")
@@ -61,12 +76,6 @@ def finding_probabilities(words):
 
 def check_settings(args, findings):
     """Raise UserError for numbers that no pair can be made with."""
-    if args.size < 64 or args.size % 32:
-        raise UserError(f"--size {args.size}: give a multiple of 32, at least 64")
-    if args.workers < 0 or args.seed < 0:
-        raise UserError("--workers and --seed: give 0 or more")
-    if args.command == "demo":
-        return
     if args.per_image < 1:
         raise UserError(f"--per-image {args.per_image}: give 1 or more")
     shares = {**findings, "PAIR_UNCHANGED": C.PAIR_UNCHANGED, "PAIR_DEVICES": C.PAIR_DEVICES}
@@ -116,11 +125,50 @@ def make_longitudinal_demo():
                                    {**settings, **C.DEMO_SETTINGS})
 
 
+def make_study_demo():
+    """Write the demonstration studies below DEMO_DIR and cache them, unless there; returns the cache."""
+    folder = Path(C.DEMO_DIR) / "studies"
+    write_demo_studies(folder, C.DEMO_STUDIES, C.SEED, C.NUM_WORKERS)
+    write_cache(folder / "raw", folder / "cache", folder / "modes.csv", C.NUM_WORKERS, cache_settings())
+    return folder / "cache"
+
+
+def study_paths(data):
+    """(cache, CSV of labels or ""): of --data, or of the demonstration studies, which rank 0 makes."""
+    if data is not None:
+        return Path(data), C.STUDY_LABELS
+    if is_main():
+        make_study_demo()
+    barrier()
+    demo = Path(C.DEMO_DIR) / "studies"
+    return demo / "cache", C.STUDY_LABELS or demo / "labels.csv"
+
+
 def make_demo(args):
-    """Write every demonstration set."""
+    """Write the demonstration sets."""
+    unknown = [name for name in args.sets if name not in DEMOS]
+    if unknown:
+        raise UserError(f"demo {unknown[0]}: there are {', '.join(DEMOS)}{closest(unknown[0], DEMOS)}")
     C.DEMO_DIR, C.DEMO_SIZE = args.output or C.DEMO_DIR, args.size
     C.SEED, C.NUM_WORKERS = args.seed, args.workers
-    print(f"Demo data: {make_longitudinal_demo()}")
+    for name in args.sets or DEMOS:
+        print(f"Demo data: {DEMOS[name]()}")
+
+
+def cache_settings():
+    """What datasets.cache.write_cache takes."""
+    return {"spacing": C.STUDY_SPACING_MM, "percentiles": C.STUDY_MRI_PERCENTILES,
+            "mri_background": C.STUDY_MRI_BACKGROUND, "ct_background": C.STUDY_CT_BACKGROUND_HU}
+
+
+def make_cache(args):
+    """Cache brain studies and print the counts."""
+    counts = write_cache(args.data, args.output, args.modes, args.workers, cache_settings())
+    print(f"{counts['studies']} studies: {counts['made']} series cached, {counts['kept']} kept, "
+          f"{counts['removed']} removed")
+    if counts["bad"]:
+        print(f"{counts['bad']} files or series could not be used: {Path(args.output) / 'bad_files.csv'}")
+    print(f"Cache: {args.output}; MRI or CT: {Path(args.output) / 'mode_mapping.csv'}")
 
 
 def make_pairs(args):
@@ -140,16 +188,21 @@ def make_pairs(args):
     print(f"Pairs: {args.output}")
 
 
-COMMANDS = {"demo": make_demo, "pairs": make_pairs}
+DEMOS = {"longitudinal": make_longitudinal_demo, "studies": make_study_demo}
+COMMANDS = {"demo": make_demo, "cache": make_cache, "pairs": make_pairs}
 
 
 def main():
     args = parse_args()
     apply_overrides(C, args.set)
     defaults = {"demo": {"size": C.DEMO_SIZE}, "pairs": {"size": C.PAIR_SIZE, "per_image": C.PAIR_PER_IMAGE}}
-    for name, value in {"seed": C.SEED, "workers": C.NUM_WORKERS, **defaults[args.command]}.items():
-        if getattr(args, name) is None:
+    for name, value in {"seed": C.SEED, "workers": C.NUM_WORKERS, **defaults.get(args.command, {})}.items():
+        if getattr(args, name, None) is None:
             setattr(args, name, value)
+    if args.workers < 0 or args.seed < 0:
+        raise UserError("--workers and --seed: give 0 or more")
+    if args.command != "cache" and (args.size < 64 or args.size % 32):
+        raise UserError(f"--size {args.size}: give a multiple of 32, at least 64")
     COMMANDS[args.command](args)
 
 

@@ -1,4 +1,4 @@
-"""Small pairs of images on disk, and the scripts as functions."""
+"""Small pairs of images and small studies on disk, and the scripts as functions."""
 
 import importlib
 import sys
@@ -9,11 +9,21 @@ import pytest
 import torch
 
 import constants as C
+from datasets.cache import write_cache
+from prepare_data import cache_settings
+from utils.config import exit_code
 
 # A network of a few million weights on images of 64 pixels: an epoch takes a second or two.
 SMALL = ["EFFICIENTNET=b0", "VIT=tiny", "IMG_SIZE=64", "MASK_PATCH_SIZE=32", "BATCH_SIZE=2",
          "UPDATE_EVERY_BATCHES=2", "LONGITUDINAL_MIM_EPOCHS=2", "NUM_WORKERS=0", "TRACKERS=[]",
          "PRECISION=fp32", "SAVE_EVERY_EPOCHS=0", "KEEP_TOP_K=0", "LOG_EVERY_BATCHES=2"]
+# A transformer of some ten thousand weights on studies of a hundred tokens.
+SMALL_STUDY = ["STUDY_VIT=custom", "STUDY_VIT_DIM=48", "STUDY_VIT_DEPTH=2", "STUDY_VIT_HEADS=2",
+               "JEPA_PREDICTOR_DIM=32", "JEPA_PREDICTOR_DEPTH=1", "JEPA_PREDICTOR_HEADS=2", "JEPA_EPOCHS=2",
+               "JEPA_BATCH_SIZE=2", "JEPA_UPDATE_EVERY_BATCHES=2", "MIL_EPOCHS=2", "MIL_BATCH_SIZE=4",
+               "MIL_UPDATE_EVERY_BATCHES=2", "MIL_ATTENTION_DIM=16", "MIL_MLP_DIMS=[16]",
+               "STUDY_VAL_FRACTION=0.3", "STUDY_TEST_FRACTION=0.2", "NUM_WORKERS=0", "TRACKERS=[]",
+               "PRECISION=fp32", "SAVE_EVERY_EPOCHS=0", "KEEP_TOP_K=0", "LOG_EVERY_BATCHES=2"]
 
 
 def write_case(folder, seed, size=64):
@@ -40,6 +50,31 @@ def pairs(tmp_path_factory):
     return root
 
 
+def write_study(folder, number):
+    """A study of two MRI series, every third one of one CT; with a bright ball where its number is odd."""
+    rng = np.random.default_rng(number)
+    folder.mkdir(parents=True)
+    x, y, z = np.meshgrid(*(np.linspace(-1, 1, n) for n in (48, 56, 12)), indexing="ij")
+    ball = (x ** 2 + (y - 0.2) ** 2 + z ** 2 < 0.2) * (number % 2)
+    for name in ("ct",) if number % 3 == 0 else ("t1", "t2"):
+        tissue = 40 + 5 * rng.standard_normal(x.shape) + 10 * (name == "t2") + 60 * ball
+        values = np.where(y > 0.5, -1000 if name == "ct" else 0, tissue)
+        nibabel.save(nibabel.Nifti1Image(values.astype(np.int16), np.diag([2, 2, 4, 1])),
+                     folder / f"{name}.nii.gz")
+
+
+@pytest.fixture(scope="session")
+def studies(tmp_path_factory):
+    """Folder with raw/<study>, its cache, and labels.csv of ten studies."""
+    root = tmp_path_factory.mktemp("studies")
+    for number in range(10):
+        write_study(root / "raw" / f"s{number}", number)
+    rows = [f"s{number},{number % 2},{int(number % 3 == 0)}\n" for number in range(10)]
+    (root / "labels.csv").write_text("study_id,ball,ct\n" + "".join(rows))
+    write_cache(root / "raw", root / "cache", None, 0, cache_settings())
+    return root
+
+
 @pytest.fixture
 def script(monkeypatch):
     """Call a script's ``main`` with command-line words; constants.py is as it was afterwards."""
@@ -57,11 +92,37 @@ def script(monkeypatch):
 
 
 @pytest.fixture
+def refused(script, capsys):
+    """Run a script that must end with exit code 2 and one line on stderr; returns the line."""
+    def call(name, *words):
+        assert exit_code(lambda: script(name, *words)) == 2
+        lines = capsys.readouterr().err.strip().splitlines()
+        lines = [line for line in lines if "%|" not in line]                       # progress bars
+        assert len(lines) == 1 and lines[0].startswith("error: "), lines
+        return lines[0]
+
+    return call
+
+
+@pytest.fixture
 def train(script, pairs, tmp_path):
     """Train the small network into ``tmp_path/runs/<name>``; returns that folder."""
     def call(name, *overrides, words=()):
         script("longitudinal_MIM_training", "-n", name, "--data", pairs, *words,
                "--set", *SMALL, f"RUNS_DIR={tmp_path / 'runs'}", *overrides)
+        return tmp_path / "runs" / name
+
+    return call
+
+
+@pytest.fixture
+def train_study(script, studies, tmp_path):
+    """Train a small network on the small studies into ``tmp_path/runs/<name>``; returns that folder."""
+    def call(kind, name, *overrides, words=(), labels=True):
+        words = [*(("train_pretrain", "--method") if kind == "jepa" else ("train_finetune", "--task")), kind,
+                 "-n", name, "--data", studies / "cache", *words]
+        labels = [f"STUDY_LABELS={studies / 'labels.csv'}"] if labels else []
+        script(*words, "--set", *SMALL_STUDY, *labels, f"RUNS_DIR={tmp_path / 'runs'}", *overrides)
         return tmp_path / "runs" / name
 
     return call

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from utils import distributed, states
 from utils.checkpoint import load_checkpoint, save_checkpoint
-from utils.ema import EMA
+from utils.ema import EMA, make_teacher, update_teacher_
 from utils.optim import build_optimizer, parameter_groups
 from utils.schedules import accumulation_group
 
@@ -144,6 +144,18 @@ def load_and_go_on(folder, source, strategy):
                         loaded=loaded, next=next_states)
 
 
+def teacher_of(strategy):
+    """The whole teacher of a student that took two steps, with an evaluation after each."""
+    torch.manual_seed(0)
+    teacher = distributed.shard(make_teacher(Net()), strategy)
+    student, optimizer, ema = build(strategy, seed=0)
+    for step in range(2):
+        train_step(student, optimizer, ema, step, [distributed.rank()])
+        update_teacher_(teacher, student, momentum=0.5)
+        evaluate(teacher)                       # leaves whole parameters in memory under zero2
+    return states.model_state(teacher)
+
+
 def main():
     folder = Path(sys.argv[1])
     distributed.setup_distributed()
@@ -156,6 +168,7 @@ def main():
         for strategy in distributed.STRATEGIES:
             load_and_go_on(folder, source, strategy)
 
+    teachers = {strategy: teacher_of(strategy) for strategy in distributed.STRATEGIES}
     gradients = {strategy: gradients_before_sync(strategy) for strategy in distributed.STRATEGIES}
     torch.manual_seed(rank)
     generators = states.gather_rng_state()
@@ -163,9 +176,10 @@ def main():
     assert states.restore_rng_state(generators) and torch.equal(torch.rand(3), drawn)
     assert not states.restore_rng_state(generators[:1])
     save_checkpoint(folder / f"collectives_rank{rank}.pt", kind="test", model_state_dict={},
-                    rng=generators, gradients=gradients,
+                    rng=generators, gradients=gradients, teachers=teachers,
                     flags=distributed.any_rank([rank == 1, False]),
                     word=distributed.broadcast_word(f"w{rank}"),
+                    rows=distributed.gather_rows(torch.arange(2.0 + rank)[:, None]),
                     total=distributed.all_reduce_sum(torch.tensor(1.0 + rank)),
                     mean=distributed.all_reduce_mean(torch.tensor(1.0 + rank)))
     distributed.cleanup()

@@ -233,6 +233,17 @@ def test_weights_are_found_in_every_kind_of_file(tmp_path, prefix, suffix):
         assert torch.equal(value, source.state_dict()[name])
 
 
+def test_a_part_of_a_checkpoint_can_be_named(tmp_path):
+    """The trained weights instead of their average, and of them one part of the network."""
+    average, trained, model = network(), network(), network()
+    state = {f"predictor.{name}": value for name, value in trained.state_dict().items()}
+    write(tmp_path / "a.pt", model_state_dict=state, teacher_state_dict=average.state_dict())
+    load_backbone(model, tmp_path / "a.pt", "predictor.", prefer=("model_state_dict",))
+    assert torch.equal(model[0].weight, trained[0].weight)
+    load_backbone(model, tmp_path / "a.pt", "predictor.")
+    assert torch.equal(model[0].weight, average[0].weight)
+
+
 def test_of_a_checkpoint_without_average_the_weights_count(tmp_path):
     """ema_state_dict is None where the average was off."""
     source, model = network(), network()

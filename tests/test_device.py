@@ -25,3 +25,10 @@ def test_tensors_move_and_names_stay():
     """A batch holds the names of its cases beside the images."""
     batch = to_device({"prior": torch.zeros(2), "case": ["a", "b"]}, torch.device("meta"))
     assert batch["prior"].device.type == "meta" and batch["case"] == ["a", "b"]
+
+
+def test_entries_that_shall_stay_are_not_moved():
+    """What a network reads on the host spares the device a wait."""
+    batch = {"a": torch.zeros(1), "b": torch.zeros(1), "c": "word"}
+    batch = to_device(batch, torch.device("meta"), stay=("b",))
+    assert batch["a"].device.type == "meta" and batch["b"].device.type == "cpu" and batch["c"] == "word"

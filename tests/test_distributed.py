@@ -147,7 +147,18 @@ def test_collectives_reach_every_rank(folder):
         assert (entries["total"], entries["mean"]) == (3.0, 1.5)
         assert entries["flags"] == [True, False]
         assert entries["word"] == "w0"
+        assert entries["rows"].tolist() == [[0], [1], [0], [1], [2]]
         assert len(entries["rng"]) == 2
+
+
+def test_a_teacher_follows_its_student_alike_under_every_strategy(folder):
+    """Sharded, it averages its own shards; gathered, it is the one that every rank keeps under ddp."""
+    first, second = (load_checkpoint(folder / f"collectives_rank{rank}.pt")["teachers"] for rank in (0, 1))
+    assert_bitwise_equal(first, second)
+    student = load_checkpoint(folder / "adamw_ddp_rank0.pt")["model_state_dict"]
+    assert not torch.equal(first["ddp"]["head.weight"], student["head.weight"])
+    for strategy in STRATEGIES:
+        assert_close(first[strategy], first["ddp"])
 
 
 def test_one_process_needs_no_torchrun():

@@ -1,14 +1,16 @@
-"""The average of weights against its formula, timm's, and an uninterrupted run."""
+"""The averages of weights against their formula, timm's, and an uninterrupted run."""
 
 import copy
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.config import UserError
-from utils.ema import EMA, ema_decay
+from utils.distributed import fully_shard, init_device_mesh
+from utils.ema import EMA, ema_decay, make_teacher, update_teacher_
 
 
 class Mixed(nn.Module):
@@ -163,3 +165,101 @@ def test_decays_of_zero_and_one_follow_and_stand_still():
     stands.update()
     assert_same(follows.state_dict(), model.state_dict())
     assert torch.equal(stands.state_dict()["precise"], start["precise"])
+
+
+def test_a_teacher_is_a_copy_that_learns_nothing_itself():
+    """In evaluation mode, without gradients, sharing no memory with the student."""
+    student = Mixed()
+    teacher = make_teacher(student)
+    assert type(teacher) is Mixed and student.training
+    assert not any(module.training for module in teacher.modules())
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+    assert_same(teacher.state_dict(), student.state_dict())
+    before = copy.deepcopy(teacher.state_dict())
+    disturb(student, 0)
+    assert_same(teacher.state_dict(), before)
+
+
+def test_the_teacher_follows_the_formula_and_buffers_are_copied():
+    """momentum * teacher + (1 - momentum) * student, one parameter at a time, with a changing momentum."""
+    student = Mixed()
+    teacher = make_teacher(student)
+    naive = {name: value.clone() for name, value in teacher.named_parameters()}
+    for n in range(20):
+        disturb(student, n)
+        update_teacher_(teacher, student, 0.9 + n / 200)
+        for name, value in student.named_parameters():
+            naive[name] = (0.9 + n / 200) * naive[name] + (0.1 - n / 200) * value.detach()
+    for name, value in teacher.named_parameters():
+        torch.testing.assert_close(value, naive[name])
+        assert not value.requires_grad and value.grad is None
+    for first, second in zip(teacher.buffers(), student.buffers(), strict=True):
+        assert torch.equal(first, second) and first.data_ptr() != second.data_ptr()
+
+
+def test_momentum_one_leaves_the_teacher_and_zero_copies_the_student():
+    """Bitwise, at both ends of the range."""
+    student = Mixed()
+    teacher = make_teacher(student)
+    start = {name: value.clone() for name, value in teacher.named_parameters()}
+    disturb(student, 0)
+    update_teacher_(teacher, student, 1.0)
+    assert_same(dict(teacher.named_parameters()), start)
+    update_teacher_(teacher, student, 0.0)
+    assert_same(teacher.state_dict(), student.state_dict())
+
+
+def test_a_thousand_updates_stay_near_the_average_in_float64():
+    """Rounding in float32 must not add up, also where the momentum comes near 1."""
+    student = nn.Linear(8, 8)
+    teacher = make_teacher(student)
+    reference = teacher.weight.double()
+    generator = torch.Generator().manual_seed(0)
+    for n in range(1000):
+        momentum = 0.994 + 0.006 * n / 1250
+        with torch.no_grad():
+            student.weight.add_(0.01 * torch.randn(8, 8, generator=generator))
+        update_teacher_(teacher, student, momentum)
+        reference = momentum * reference + (1 - momentum) * student.weight.detach().double()
+    torch.testing.assert_close(teacher.weight.double(), reference, rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture
+def one_process_group():
+    """A process group of this process alone, so that modules can be sharded."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_wrapped_students_are_followed_as_bare_ones(one_process_group):
+    """The loop holds what ``shard`` returned; the teacher's names stay those of the bare model."""
+    student = Mixed()
+    wrapped = nn.parallel.DistributedDataParallel(student)
+    teacher = make_teacher(wrapped)
+    assert type(teacher) is Mixed
+    disturb(student, 0)
+    update_teacher_(teacher, wrapped, 0.0)
+    assert_same(teacher.state_dict(), student.state_dict())
+
+
+@pytest.mark.parametrize("reshard_after_forward", [True, False])
+def test_sharded_teachers_equal_plain_ones(one_process_group, reshard_after_forward):
+    """Whole parameters that the last forward left in memory must not hide the update, in either module."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    plain_teacher = make_teacher(plain)
+    student, teacher = copy.deepcopy(plain), make_teacher(plain)
+    mesh = init_device_mesh("cpu", (1,))
+    for module in (student, teacher):
+        for part in (*module, module):
+            fully_shard(part, mesh=mesh, reshard_after_forward=reshard_after_forward)
+    x = torch.randn(5, 3)
+    for _ in range(3):
+        for model, follower in ((plain, plain_teacher), (student, teacher)):
+            optimizer = torch.optim.SGD(model.parameters(), 0.1)
+            (model(x) - follower(x).detach() - 1).square().mean().backward()
+            optimizer.step()
+            model(x)
+            update_teacher_(follower, model, 0.5)
+        torch.testing.assert_close(teacher(x), plain_teacher(x))

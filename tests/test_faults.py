@@ -14,8 +14,6 @@ import torch
 from conftest import SMALL, write_case
 from test_scripts import LAST, states_differ
 
-from utils.config import exit_code
-
 
 def start(run_dir, pairs, *words):
     """A training process of the small network that saves after each step."""
@@ -117,19 +115,6 @@ def write_split(folder):
         write_case(root / f"p{patient:02d}_a", seed=patient)
     csv.write_text("patient,split\n" + "".join(f"p{i:02d},{'train' if i < 4 else 'val'}\n" for i in range(6)))
     return root, csv
-
-
-@pytest.fixture
-def refused(script, capsys):
-    """Run a script that must end with exit code 2 and one line on stderr; returns the line."""
-    def call(name, *words):
-        assert exit_code(lambda: script(name, *words)) == 2
-        lines = capsys.readouterr().err.strip().splitlines()
-        lines = [line for line in lines if "%|" not in line]                       # progress bars
-        assert len(lines) == 1 and lines[0].startswith("error: "), lines
-        return lines[0]
-
-    return call
 
 
 @pytest.mark.parametrize("fault", [truncated, volume, other_size, not_a_number, missing, empty])

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from utils.config import UserError
-from utils.history import Trackers, write_metrics_csv
+from utils.history import Trackers, epoch_line, write_history, write_metrics_csv
 from utils.plotting import plot_detailed_curves, plot_loss_curves
 
 HISTORY = [{"epoch": 1, "step": 4, "train/loss": 0.5, "val/loss": 0.6, "train/L1": 0.3, "lr": 1e-3},
@@ -22,6 +22,19 @@ def test_the_table_has_a_row_per_epoch_and_every_metric(tmp_path):
         rows = list(csv.DictReader(file))
     assert [row["val/dice"] for row in rows] == ["", "0.1"]
     assert [float(row["train/loss"]) for row in rows] == [0.5, 0.4]
+
+
+def test_the_line_of_an_epoch_leaves_single_labels_to_the_table():
+    """A hundred findings would make it unreadable."""
+    row = {"epoch": 3, "train/loss": 0.5, "val/loss": 0.4, "val/auroc": 0.9, "val/auroc/mass": 0.8}
+    assert epoch_line(row) == "Epoch 3 Complete: Train Loss: 0.5000 | Val Loss: 0.4000 | auroc: 0.900"
+
+
+def test_table_and_both_curves_are_written_together(tmp_path):
+    """What each training script leaves after an epoch."""
+    write_history(tmp_path, HISTORY)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "metrics.csv", "loss_curves.png", "detailed_loss_curves.png"}
 
 
 def test_tensorboard_holds_the_logged_values(tmp_path):

@@ -12,6 +12,7 @@ from test_lungs import draw_chest
 
 import constants as C
 import prepare_data
+from datasets.cache import read_cache
 from datasets.io import write_nifti
 from datasets.phantom import thorax_ct
 from utils.config import UserError, hyperparameters
@@ -138,7 +139,7 @@ def test_an_empty_folder_ends_with_code_2_and_one_line(tmp_path):
 
 def test_demo_data_lie_where_training_looks_and_have_their_own_settings(run, tmp_path):
     """DEMO_SETTINGS replace PAIR_*; a second call makes nothing."""
-    words = ["demo", "--output", tmp_path, "--workers", 0, "--size", 64,
+    words = ["demo", "longitudinal", "--output", tmp_path, "--workers", 0, "--size", 64,
              "--set", "DEMO_PATIENTS=1", "DEMO_PAIRS_PER_PATIENT=2"]
     run(*words)
     pairs = tmp_path / "longitudinal" / "pairs"
@@ -150,3 +151,19 @@ def test_demo_data_lie_where_training_looks_and_have_their_own_settings(run, tmp
     assert settings["exposure"] == C.DEMO_SETTINGS["exposure"] and settings["noise"] == C.PAIR_NOISE
     with pytest.raises(UserError, match="DEMO_SETTINGS"):
         run(*words, "DEMO_SETTINGS={'brightness': 1.0}")
+
+
+def test_demo_studies_come_with_labels_and_their_cache(run, tmp_path, capsys):
+    """What train_pretrain.py and train_finetune.py read without --data; the X-rays are left alone."""
+    words = ["demo", "studies", "--output", tmp_path, "--workers", 0, "--set", "DEMO_STUDIES=3"]
+    run(*words)
+    folder = tmp_path / "studies"
+    studies = read_cache(folder / "cache")
+    assert [study.mode for study in studies] == ["mri", "mri", "ct"]
+    assert len((folder / "labels.csv").read_text().splitlines()) == 4
+    assert not (tmp_path / "longitudinal").exists()
+    written = {path: path.stat().st_mtime_ns for path in folder.rglob("*.pt")}
+    run(*words)
+    assert written == {path: path.stat().st_mtime_ns for path in folder.rglob("*.pt")}
+    with pytest.raises(UserError, match="demo study: there are longitudinal, studies; did you mean studies"):
+        run("demo", "study", "--output", tmp_path)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from utils.config import UserError
-from utils.schedules import accumulation_group, build_scheduler, mask_probability
+from utils.schedules import accumulation_group, build_scheduler, mask_probability, teacher_momentum
 
 
 def sgd(*rates):
@@ -160,3 +160,26 @@ def test_the_mask_probability_has_five_parts():
     points = {0.0: 0.1, 0.05: 0.1, 0.15: 0.4, 0.25: 0.7, 0.5: 0.7, 0.65: 0.7, 0.7: 0.4, 0.75: 0.1, 1.0: 0.1}
     for progress, expected in points.items():
         assert mask_probability(progress, 0.1, 0.7) == pytest.approx(expected)
+
+
+def test_the_teachers_momentum_is_a_line_between_its_ends():
+    """I-JEPA's list of momenta: start + i * (end - start) / (total_steps * ipe_scale)."""
+    momenta = [teacher_momentum(step, 80, 0.99, 1.0, 1.25) for step in range(80)]
+    assert momenta == pytest.approx([0.99 + step * 0.01 / 100 for step in range(80)])
+    assert teacher_momentum(0, 80) == 0.994
+    assert teacher_momentum(100, 80) == 1.0
+
+
+@pytest.mark.parametrize("total_steps, ipe_scale", [(1, 1.25), (7, 1.0), (30, 1.25), (30, 0.5), (0, 1.0)])
+def test_the_teachers_momentum_never_falls_nor_leaves_its_ends(total_steps, ipe_scale):
+    """Beyond the end, which a scale below 1 puts into the training, it stays."""
+    momenta = [teacher_momentum(step, total_steps, 0.994, 0.9999, ipe_scale) for step in range(60)]
+    assert all(first <= second for first, second in zip(momenta, momenta[1:], strict=False))
+    assert momenta[0] == 0.994 and momenta[-1] == 0.9999
+
+
+@pytest.mark.parametrize("start, end", [(1.0, 0.9), (-0.1, 1.0), (0.9, 1.1)])
+def test_a_momentum_outside_zero_to_one_is_refused(start, end):
+    """The teacher would run away."""
+    with pytest.raises(UserError, match="JEPA_TEACHER_MOMENTUM"):
+        teacher_momentum(0, 10, start, end)

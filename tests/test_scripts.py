@@ -155,8 +155,9 @@ OPTIONS = [
     "UPDATE_EVERY_BATCHES=2", "DECODER_CHANNELS=[64, 48, 32, 24, 16]"]
 
 
-def test_each_option_changes_the_run_and_the_run_ends(train):
+def test_each_option_changes_the_run_and_the_run_ends(train, monkeypatch):
     """None crashes, and none leaves the numbers of the default run as they were."""
+    monkeypatch.setattr(script_module, "write_history", lambda *values: None)      # pictures take their time
     common = ["LONGITUDINAL_MIM_EPOCHS=1", "BATCH_SIZE=4", "UPDATE_EVERY_BATCHES=1", "WEIGHT_DECAY=0.5",
               "MAX_LR=1e-3", "MASK_PROB_LOW=0.5"]
     plain = torch.load(train("plain", *common) / LAST, weights_only=True)["history"]

@@ -172,16 +172,17 @@ def prune_epochs(folder, kind, history, keep_top, every, metric="val/loss", high
     return kept
 
 
-def load_backbone(model, path, remove_prefix="", minimum=0.9):
+def load_backbone(model, path, remove_prefix="", minimum=0.9, prefer=WEIGHTS):
     """Start ``model`` from the weights in ``path``, as far as names and shapes agree.
 
-    path: .pt, .pth or .safetensors with a state dict or a checkpoint, whose averaged weights come first.
+    path: .pt, .pth or .safetensors with a state dict or a checkpoint, of which the first entry named in
+    ``prefer`` counts; averaged weights come first by default.
     Leading ``module.``, ``_orig_mod.`` and ``remove_prefix`` are taken off the file's names; where two names
     become one, that which had the prefix counts.  Returns (matched, unmatched), names in the model's state.
     Raises BadFile for an unreadable file, and UserError when the matched parameters hold less than
     ``minimum`` of the model's weights.
     """
-    weights = _clean_names(_find_weights(_read(path, bare=True), path), remove_prefix)
+    weights = _clean_names(_find_weights(_read(path, bare=True), path, prefer), remove_prefix)
     state = model_state(model)
     matched = [name for name, value in state.items()
                if name in weights and isinstance(value, torch.Tensor) and weights[name].shape == value.shape]
@@ -198,11 +199,11 @@ def load_backbone(model, path, remove_prefix="", minimum=0.9):
     return matched, unmatched
 
 
-def _find_weights(entries, path):
+def _find_weights(entries, path, prefer):
     """The state dict in what a file holds: under one of the usual names, or the whole."""
     if not isinstance(entries, dict):
         raise BadFile(f"{path}: holds no state dict; use a file of named tensors")
-    nested = [entries[key] for key in WEIGHTS if isinstance(entries.get(key), dict)]
+    nested = [entries[key] for key in prefer if isinstance(entries.get(key), dict)]
     return nested[0] if nested else entries
 
 

@@ -14,7 +14,7 @@ def autocast(device, precision):
     return torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32")
 
 
-def to_device(batch, device):
-    """A dict of a batch with its tensors on ``device``; entries of another kind stay as they are."""
-    return {key: value.to(device, non_blocking=True) if torch.is_tensor(value) else value
+def to_device(batch, device, stay=()):
+    """A dict of a batch with its tensors on ``device``; those named in ``stay``, and other entries, stay."""
+    return {key: value.to(device, non_blocking=True) if torch.is_tensor(value) and key not in stay else value
             for key, value in batch.items()}

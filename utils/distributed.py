@@ -61,7 +61,8 @@ def cleanup():
 def shard(model, strategy, find_unused=False):
     """Spread ``model`` over the ranks; collective.  One process gets the model back as it is.
 
-    "ddp": a full copy per rank, gradients averaged (DistributedDataParallel).
+    "ddp": a full copy per rank, gradients averaged (DistributedDataParallel); a model of which nothing is
+    trained, such as a teacher, stays as it is.
     "zero2": gradients and optimizer state are sharded; parameters stay whole from forward to backward.
     "fsdp": parameters are sharded outside of each block's own forward and backward too.
     The last two use torch.distributed.fsdp.fully_shard and change ``model`` in place.  Rank 0's parameters
@@ -78,6 +79,8 @@ def shard(model, strategy, find_unused=False):
             tensor.data = tensor.data.contiguous()          # fully_shard refuses channels_last parameters
         dist.broadcast(tensor.detach(), src=0)
     if strategy == "ddp":
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            return model
         # Newer releases rename broadcast_buffers; a 1x1 convolution's one layout has strides of two kinds.
         warnings.filterwarnings("ignore", ".*broadcast_buffers|Grad strides do not match")
         return DistributedDataParallel(model, broadcast_buffers=False, find_unused_parameters=find_unused,
@@ -174,6 +177,14 @@ def all_reduce_sum(tensor):
 def all_reduce_mean(tensor):
     """Collective: the mean of a floating-point ``tensor`` over the ranks, as a new tensor."""
     return all_reduce_sum(tensor) / world_size()
+
+
+def gather_rows(tensor):
+    """Collective: the rows of every rank's ``tensor``, rank 0's first, on the CPU; lengths may differ."""
+    parts = [tensor.detach().cpu()] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(parts, parts[0])
+    return torch.cat(parts)
 
 
 def any_rank(flags):

@@ -1,5 +1,6 @@
-"""Exponential moving average of a model's weights."""
+"""Exponential moving averages: of a model's weights for evaluation, and as a teacher to learn from."""
 
+import copy
 from collections import OrderedDict
 from contextlib import contextmanager
 
@@ -111,6 +112,30 @@ class EMA:
         for targets, sources in zip((_local(self.parameters), self.buffers), values, strict=True):
             if targets:
                 torch._foreach_copy_(targets, sources)
+
+
+def make_teacher(student):
+    """A copy of ``student`` in evaluation mode, without gradients, to be moved by ``update_teacher_``.
+
+    Make it before ``shard``, since a sharded module cannot be copied, and shard both the same way.
+    """
+    return copy.deepcopy(unwrap(student)).eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def update_teacher_(teacher, student, momentum):
+    """teacher <- momentum * teacher + (1 - momentum) * student, in place; buffers are copied.
+
+    Two modules of the same structure, plain, wrapped or sharded the same way; called after each optimizer
+    step.  momentum in [0, 1]: 1 leaves the parameters as they are, 0 copies the student's.  A mean teacher,
+    Tarvainen & Valpola 2017, arXiv:1703.01780, eq. 3.
+    """
+    reshard(teacher)
+    reshard(student)
+    teacher, student = unwrap(teacher), unwrap(student)
+    torch._foreach_lerp_(_local(teacher.parameters()), _local(student.parameters()), 1.0 - momentum)
+    if buffers := list(teacher.buffers()):
+        torch._foreach_copy_(buffers, list(student.buffers()))
 
 
 def _local(parameters):

@@ -8,6 +8,7 @@ from tqdm import tqdm
 
 from utils.config import UserError
 from utils.distributed import is_main
+from utils.plotting import plot_detailed_curves, plot_loss_curves
 
 
 def progress_bar(loader, name, first=0):
@@ -23,12 +24,22 @@ def batch_line(batch, num_batches, means):
 
 
 def epoch_line(row):
-    """``Epoch 1 Complete: Train Loss: 0.0198 | Val Loss: 0.0187``, then the lower-case ``val/`` metrics."""
+    """``Epoch 1 Complete: Train Loss: 0.0198 | Val Loss: 0.0187``, then the lower-case ``val/`` metrics.
+
+    Those of a single label, as in ``val/auroc/mass``, are left to metrics.csv.
+    """
     metrics = {name.removeprefix("val/"): value for name, value in row.items()
-               if name.startswith("val/") and name.islower() and name != "val/loss"}
+               if name.startswith("val/") and name.islower() and name.count("/") == 1 and name != "val/loss"}
     shown = "".join(f" | {name}: {value:.3f}" for name, value in metrics.items())
     return (f"Epoch {row['epoch']} Complete: Train Loss: {row['train/loss']:.4f}"
             f" | Val Loss: {row['val/loss']:.4f}{shown}")
+
+
+def write_history(run_dir, history):
+    """Write metrics.csv, loss_curves.png and detailed_loss_curves.png of the epochs of ``history``."""
+    write_metrics_csv(run_dir / "metrics.csv", history)
+    plot_loss_curves(run_dir / "loss_curves.png", history)
+    plot_detailed_curves(run_dir / "detailed_loss_curves.png", history)
 
 
 def write_metrics_csv(path, history):

@@ -1,10 +1,10 @@
-"""The folder of a run, the checkpoint that it goes on from, and the loss that ends it."""
+"""The folder of a run, the checkpoints that it goes on from and keeps, and the loss that ends it."""
 
 import math
 import time
 from pathlib import Path
 
-from utils.checkpoint import load_checkpoint, newest_sound
+from utils.checkpoint import copy_checkpoint, load_checkpoint, newest_sound, prune_epochs
 from utils.config import UserError
 from utils.distributed import broadcast_word, is_main
 
@@ -61,6 +61,33 @@ def resume_position(checkpoint, num_batches, every):
         return epoch, batch
     batch = batch * num_batches // checkpoint["num_batches"]
     return epoch, batch - batch % every
+
+
+def is_better(row, best, metric, mode):
+    """Whether ``row[metric]`` beats ``best`` (None at first); NaN never does.
+
+    mode: "min" | "max".  UserError: another word, or a metric that the run does not measure.
+    """
+    if mode not in ("min", "max"):
+        raise UserError(f'the mode of the monitored {metric} is "{mode}": use "min" or "max"')
+    if metric not in row and best is None:
+        raise UserError(f"the monitored {metric} is not measured; there are {', '.join(row)}")
+    value = row.get(metric, math.nan)
+    return not math.isnan(value) and (best is None or (value > best if mode == "max" else value < best))
+
+
+def keep_checkpoint(run_dir, kind, history, better, keep_top, every, metric="val/loss", mode="min"):
+    """Copy <kind>_last.pt of a finished epoch to _epoch_N.pt, and to _best.pt when ``better``; prune.
+
+    history, keep_top, every, metric, mode: as prune_epochs takes them.  Returns the name that stays.
+    """
+    last, best = run_dir / f"{kind}_last.pt", run_dir / f"{kind}_best.pt"
+    path = run_dir / f"{kind}_epoch_{history[-1]['epoch']}.pt"
+    copy_checkpoint(last, path)
+    if better or not best.exists():
+        copy_checkpoint(last, best)
+    kept = prune_epochs(run_dir, kind, history, keep_top, every, metric, mode == "max")
+    return path.name if path in kept else last.name
 
 
 def check_finite(loss, terms, step, cases):

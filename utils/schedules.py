@@ -1,4 +1,4 @@
-"""Accumulation groups, learning-rate schedules by a word, and the schedule of the mask probability."""
+"""Accumulation groups, learning-rate schedules by a word, mask probability and teacher momentum."""
 
 import math
 import warnings
@@ -28,6 +28,19 @@ def mask_probability(progress, low, high):
     ``low`` for 5 %, up to ``high`` over 20 %, ``high`` for 40 %, down over 10 %, then ``low``.
     """
     return float(np.interp(progress, [0.05, 0.25, 0.65, 0.75], [low, high, high, low]))
+
+
+def teacher_momentum(step, total_steps, start=0.994, end=1.0, ipe_scale=1.25):
+    """Momentum of the teacher after optimizer step ``step``: a line from ``start`` to ``end``.
+
+    It reaches ``end`` at round(ipe_scale * total_steps) and stays there; above 1, ipe_scale ends the training
+    before the teacher stands still (I-JEPA, Assran et al. 2023, arXiv:2301.08243).  Raises UserError unless
+    0 <= start <= end <= 1.
+    """
+    if not 0.0 <= start <= end <= 1.0:
+        raise UserError(f"JEPA_TEACHER_MOMENTUM = {[start, end]}: must be two rising numbers from 0 to 1")
+    progress = min(1.0, step / max(1, round(ipe_scale * total_steps)))
+    return (1.0 - progress) * start + progress * end
 
 
 def build_scheduler(optimizer, name, total_steps, steps_per_epoch=1, *,

@@ -1,0 +1,223 @@
+"""Metrics of study-level predictions, exact over batches and ranks: figures, intervals, table, pictures.
+
+``word`` is that of the loss and names the kind: "bce" (labels [N, L] in [0, 1], positive above 0.5), "ce"
+(labels [N, 1], the index of a class); every other is regression (labels [N, L]).  NaN = missing, and is left
+out label by label.  ``names``: of the labels, for "ce" of the classes.
+"""
+
+import math
+from itertools import product
+from typing import NamedTuple
+
+import torch
+from matplotlib.figure import Figure
+from torchmetrics.functional.classification import (
+    binary_roc,
+    multiclass_confusion_matrix,
+    multilabel_auroc,
+    multilabel_stat_scores,
+)
+
+from utils.config import UserError
+from utils.distributed import gather_rows
+from utils.plotting import save_figure
+
+MISSING = -1                    # of a label as an integer
+
+# What each figure means; "+" = higher is better, "-" = lower is better.
+DESCRIPTIONS = {
+    "auroc": "+ area under the ROC curve",
+    "balanced_accuracy": "+ mean of sensitivity and specificity, or of the recalls of all classes",
+    "f1": "+ F1 score",
+    "accuracy": "+ share of studies in the right class",
+    "recall": "+ share of the class's studies that were found",
+    "mae": "- mean absolute error",
+    "rmse": "- root of the mean squared error",
+    "r2": "+ share of the variance explained",
+}
+
+
+class StudyMetrics:
+    """Logits and labels of all studies so far, float32 on the CPU: exact for any batches and ranks."""
+
+    def __init__(self, word, names):
+        self.word, self.names = word, list(names)
+        columns = 1 if word == "ce" else len(self.names)
+        self.logits, self.labels = torch.zeros(0, len(self.names)), torch.zeros(0, columns)
+
+    def update(self, logits, labels):
+        """Add studies: logits [B, C], labels [B, L], or [B, 1] for "ce"; any device and float type."""
+        for name, rows in (("logits", logits), ("labels", labels)):
+            own, rows = getattr(self, name), rows.detach().float().cpu()
+            if rows.shape[1:] != own.shape[1:] or len(rows) != len(logits):
+                raise ValueError(f"{name} {tuple(rows.shape)}: not [{len(logits)}, {own.shape[1]}]")
+            setattr(self, name, torch.cat([own, rows]))
+
+    def reduce(self):
+        """Collective: take the studies of all ranks together, once."""
+        self.logits, self.labels = gather_rows(self.logits), gather_rows(self.labels)
+
+    def compute(self):
+        """Dict of floats as ``study_figures`` names them."""
+        every = torch.arange(len(self.logits))[None]
+        figures = study_figures(self.word, self.names, self.logits, self.labels, every)
+        return {name: values.item() for name, values in figures.items()}
+
+
+class Interval(NamedTuple):
+    """A figure, its bootstrap interval, and the number of resamples in which it is undefined."""
+
+    value: float
+    low: float
+    high: float
+    left_out: int
+
+
+def bootstrap(word, names, logits, labels, generator, resamples=1000, level=0.95):
+    """Percentile interval of every figure, over studies drawn with replacement.
+
+    logits [N, C], labels [N, L] on the CPU, as ``StudyMetrics`` holds them; generator: torch.Generator.
+    Returns dict name -> Interval, its bounds nan where no resample has the figure.
+    Efron & Tibshirani 1993, An Introduction to the Bootstrap, ch. 13.
+    """
+    whole = study_figures(word, names, logits, labels, torch.arange(len(logits))[None])
+    index = torch.randint(len(logits), (resamples, len(logits)), generator=generator)
+    drawn = study_figures(word, names, logits, labels, index)
+    tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
+    return {name: Interval(value.item(), *torch.nanquantile(drawn[name], tails).tolist(),
+                           drawn[name].isnan().sum().item()) for name, value in whole.items()}
+
+
+def study_figures(word, names, logits, labels, rows):
+    """Every figure of R choices of M studies, rows int64 [R, M] of the others -> dict of float64 [R].
+
+    "bce": auroc, balanced_accuracy and f1 (at logit 0) of each label, as "auroc/<label>".  "ce": auroc, f1
+    and recall of each class against the rest, and accuracy.  Otherwise mae, rmse and r2 of each label.  The
+    plain name is the mean over labels or classes, undefined ones left out; the mean recall is called
+    balanced_accuracy.  One class alone makes figures undefined (nan), equal labels make r2.
+    Raises UserError without a study.
+    """
+    if not len(logits):
+        raise UserError("no studies to measure; check the labels and the split")
+    logits, labels, rows = logits.double(), labels.double(), rows.T                       # [M, R]
+    figures = {}
+    if word in ("bce", "ce"):
+        binary = against_rest(word, logits, labels)
+        columns = [binary_figures(*(values[rows, k] for values in binary)) for k in range(len(names))]
+        kept = ("auroc", "balanced_accuracy" if word == "bce" else "recall", "f1")
+    else:
+        columns = [regression_figures(logits[rows, k], labels[rows, k]) for k in range(len(names))]
+        kept = ("mae", "rmse", "r2")
+    if word == "ce":
+        right = (logits.argmax(1, keepdim=True) == labels).double()
+        figures["accuracy"] = torch.where(labels.isnan(), torch.nan, right)[rows, 0].nanmean(0)
+    for name in kept:
+        mean = torch.stack([column[name] for column in columns]).nanmean(0)
+        figures["balanced_accuracy" if name == "recall" else name] = mean
+    for label, column in zip(names, columns, strict=True):
+        figures |= {f"{name}/{label}": column[name] for name in kept}
+    return figures
+
+
+def against_rest(word, logits, labels):
+    """Each label, or each class against the rest: logits [N, C], labels [N, L] or [N, 1] -> three of [N, C].
+
+    truth int64 (0, 1, MISSING), predicted bool, scores in [0, 1].
+    """
+    if word == "bce":
+        truth, predicted, scores = labels > 0.5, logits > 0, logits.sigmoid()
+    else:
+        classes = torch.arange(logits.shape[1])
+        truth, predicted = labels == classes, logits.argmax(1, keepdim=True) == classes
+        scores = logits.softmax(1)
+    return torch.where(labels.isnan(), MISSING, truth.long()), predicted, scores
+
+
+def binary_figures(truth, predicted, scores):
+    """Figures of each column of [M, R], as ``against_rest`` gives them -> dict of float64 [R]."""
+    counts = multilabel_stat_scores(predicted.long(), truth, num_labels=truth.shape[1], average=None,
+                                    ignore_index=MISSING, validate_args=False)
+    tp, fp, tn, fn, _ = counts.view(-1, 5).double().T
+    defined = (tp + fn > 0) & (tn + fp > 0)
+    recall, specificity = tp / (tp + fn), tn / (tn + fp)
+    figures = {"auroc": torch.zeros_like(tp), "recall": recall, "f1": 2 * tp / (2 * tp + fp + fn),
+               "balanced_accuracy": (recall + specificity) / 2}
+    if defined.any():
+        figures["auroc"][defined] = multilabel_auroc(
+            scores[:, defined], truth[:, defined], num_labels=int(defined.sum()), average=None,
+            ignore_index=MISSING, validate_args=False).double()
+    return {name: torch.where(defined, values, torch.nan) for name, values in figures.items()}
+
+
+def regression_figures(predictions, labels):
+    """Figures of each column of [M, R] float64, NaN = missing -> dict of float64 [R]."""
+    error = predictions - labels
+    square = error.square().nanmean(0)
+    spread = (labels - labels.nanmean(0)).square().nanmean(0)
+    return {"mae": error.abs().nanmean(0), "rmse": square.sqrt(),
+            "r2": torch.where(spread > 0, 1 - square / spread, torch.nan)}
+
+
+def table(rows):
+    """Aligned text table: a line per figure, a column per name.
+
+    rows: dict name -> dict of figures, floats or Intervals; missing and nan ones show as "-".
+    """
+    figures = list(dict.fromkeys(figure for row in rows.values() for figure in row))
+    cells = {name: [cell(row.get(figure, math.nan)) for figure in figures] for name, row in rows.items()}
+    widths = {name: max(len(name), *map(len, column)) for name, column in cells.items()}
+    label = max(map(len, figures))
+    lines = [" " * label + "".join(f"  {name:>{widths[name]}}" for name in rows)]
+    for i, figure in enumerate(figures):
+        values = "".join(f"  {column[i]:>{widths[name]}}" for name, column in cells.items())
+        meaning = "" if "/" in figure else f"   {DESCRIPTIONS[figure]}"
+        lines.append(f"{figure:<{label}}{values}{meaning}")
+    return "\n".join(lines)
+
+
+def cell(figure):
+    """``0.912``, ``0.912 (0.850 to 0.960)`` for an Interval, or ``-`` where it is nan."""
+    value, *bounds = figure[:3] if isinstance(figure, Interval) else (figure,)
+    if math.isnan(value):
+        return "-"
+    return f"{value:.3f}" + (f" ({bounds[0]:.3f} to {bounds[1]:.3f})" if bounds else "")
+
+
+def roc_figure(path, word, names, logits, labels, figures):
+    """Write a PNG of the ROC curve of each label ("bce"), or of each class against the rest ("ce").
+
+    logits, labels: as ``StudyMetrics`` holds them; figures: of ``compute`` or ``bootstrap``, for the legend.
+    A label of which only one class is present has no curve.
+    """
+    figure = Figure(figsize=(8.4, 5.5), layout="constrained")
+    axes = figure.add_subplot(aspect="equal", xlabel="1 - specificity", ylabel="sensitivity")
+    axes.plot([0, 1], [0, 1], color="0.7", linewidth=1)
+    truth, _, scores = against_rest(word, logits.double(), labels.double())
+    for k, name in enumerate(names):
+        if {0, 1} <= set(truth[:, k].tolist()):
+            false, true, _ = binary_roc(scores[:, k], truth[:, k], ignore_index=MISSING)
+            axes.plot(false, true, linewidth=1.6, label=f"{name}  {cell(figures[f'auroc/{name}'])}")
+    axes.grid(alpha=0.3)
+    if len(axes.lines) > 1:
+        figure.legend(loc="outside right upper", fontsize=8, title="AUROC")
+    save_figure(figure, path)
+
+
+def confusion_figure(path, names, logits, labels):
+    """Write a PNG of the confusion matrix of classes: studies, coloured by their share of the true class.
+
+    logits [N, C], labels [N, 1] class index: as ``StudyMetrics`` holds them.
+    """
+    present = ~labels[:, 0].isnan()
+    counts = multiclass_confusion_matrix(logits[present].argmax(1), labels[present, 0].long(), len(names))
+    shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
+    figure = Figure(figsize=(3 + 0.6 * len(names), 2.4 + 0.6 * len(names)), layout="constrained")
+    axes = figure.add_subplot(xlabel="predicted", ylabel="true")
+    image = axes.imshow(shares.numpy(), vmin=0, vmax=1, cmap="Blues")
+    axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
+    axes.set_yticks(range(len(names)), names)
+    for i, j in product(range(len(names)), repeat=2):
+        colour = "white" if shares[i, j] > 0.5 else "black"
+        axes.text(j, i, counts[i, j].item(), ha="center", va="center", color=colour)
+    figure.colorbar(image, label="share of the true class")
+    save_figure(figure, path)
