@@ -22,7 +22,7 @@ demo-brain: setup
 	$(BIN)/python evaluate.py --checkpoint runs/findings_demo/mil_best.pt --output predictions/findings_demo
 
 test: setup
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 lint: setup
 	$(BIN)/ruff check .

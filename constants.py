@@ -201,12 +201,12 @@ JEPA_UPDATE_EVERY_BATCHES = 1    # micro-batches per optimizer step
 JEPA_STUDY_SAMPLER = False       # batches of whole studies with all their series and windows
 JEPA_RANDOM_CROP = True          # train on random crops with foreground in them
 JEPA_LR = 3.75e-4                # peak learning rate
-JEPA_SCALE_LR = False            # multiply JEPA_LR by effective batch / 256
+JEPA_SCALE_LR = False            # multiply JEPA_LR and its start and end by effective batch / 256
 JEPA_WEIGHT_DECAY = 0.05         # of sgd, adam, adamw
 JEPA_NO_DECAY_NORM_BIAS = False  # as NO_DECAY_NORM_BIAS, which the others use
 JEPA_TEACHER_MOMENTUM = [0.994, 1.0]  # of the teacher's average: first, last; linear
-JEPA_MONITOR = "val/loss"        # the metric of jepa_best.pt and KEEP_TOP_K
-JEPA_MONITOR_MODE = "min"        # "min" | "max"
+JEPA_MONITOR = "epoch"           # the metric of jepa_best.pt and KEEP_TOP_K; "epoch", "max": the newest,
+JEPA_MONITOR_MODE = "max"        # for val/loss, "min", falls when the features collapse, too
 JEPA_PROBE_EVERY = 5             # epochs between probes of frozen features on labelled studies; 0: never
 
 # ------------------------------- 16 JEPA: schedule and predictor
@@ -252,6 +252,11 @@ MIL_BALANCE = True               # weights from the counts in training (bce, ce)
 
 # A preset is chosen with -p NAME; it overrides the values above.
 PRESETS = {
+    "brain_tiny": {              # 40 minutes of pretraining on 110 studies on two CPU cores
+        "STUDY_VIT": "tiny", "JEPA_LR": 3e-4, "JEPA_START_LR": 5e-5, "JEPA_TEACHER_MOMENTUM": [0.998, 1.0],
+        "JEPA_PREDICTOR_DIM": 192, "JEPA_PREDICTOR_HEADS": 6, "MIL_EPOCHS": 20, "MIL_LR": 1e-3,
+        "MIL_ATTENTION_DIM": 128, "MIL_MLP_DIMS": [128],
+        "STUDY_VAL_FRACTION": 0.1, "STUDY_TEST_FRACTION": 0.3},
     "brain_demo": {              # minutes on two CPU cores, for train_pretrain.py and train_finetune.py
         "STUDY_VIT": "custom", "STUDY_VIT_DIM": 192, "STUDY_VIT_DEPTH": 4, "STUDY_VIT_HEADS": 4,
         "JEPA_EPOCHS": 20, "JEPA_BATCH_SIZE": 4, "JEPA_TEACHER_MOMENTUM": [0.99, 1.0],

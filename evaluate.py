@@ -24,14 +24,14 @@ from datasets.cache import load_image, read_cache
 from datasets.labels import read_labels
 from datasets.studies import ragged_collate, split_studies
 from prepare_data import study_paths
-from train_finetune import build_study_classifier
+from train_finetune import STAY, build_study_classifier
 from train_pretrain import build_loader, study_set
 from utils.attention_maps import attention_sheet, to_source_space, token_map
 from utils.checkpoint import load_checkpoint
 from utils.classification import bootstrap, confusion_figure, roc_figure, table
 from utils.config import UserError, restore_constants, run_script
 from utils.device import autocast, to_device
-from utils.distributed import cleanup, is_main, setup_distributed, world_size
+from utils.distributed import cleanup, is_main, rank, setup_distributed, world_size
 from utils.states import load_model_state
 
 
@@ -112,12 +112,15 @@ def evaluate_mil(args, checkpoint, device):
     for i, batch in enumerate(tqdm(loader, "studies", disable=None if is_main() else True)):
         if not loader.batch_sampler.real(i):
             continue
-        batch, study = to_device(batch, device), batch["study"][0]
+        if any(batch["bad_files"]):                        # what stands in for it would be judged in its name
+            tqdm.write(f"Left out: {'; '.join(filter(None, batch['bad_files']))}")
+            continue
+        batch, study = to_device(batch, device, STAY), batch["study"][0]
         with autocast(device, C.PRECISION):
             logits, attention = model(batch["tokens"], batch["coords"], batch["cu_seqlens"],
                                       batch["study_cu_seqlens"])
         results[study] = logits[0].float().cpu(), labels.values.get(study, unknown) if labels else unknown
-        if i * world_size() < args.attention:
+        if i * world_size() + rank() < args.attention:
             write_attention(args.output / "attention" / study, dataset, batch, attention.float(), names)
     return C.MIL_LOSS, names, results
 
@@ -177,6 +180,8 @@ def main():
         parts = [None] * world_size()
         dist.all_gather_object(parts, results)
         results = {study: result for part in parts for study, result in part.items()}
+    if not results:
+        raise UserError(f"--split {args.split}: none of its studies can be read")
     if is_main():
         report(args, word, names, results)
     cleanup()

@@ -229,11 +229,13 @@ def main():
             states.load_optimizer_state(discriminator, gan_optimizer, gan_state["optimizer"])
         step, best, history = checkpoint["step"], checkpoint["best"], checkpoint["history"]
         first_epoch, first_batch = resume_position(checkpoint, num_batches, C.UPDATE_EVERY_BATCHES)
-        running = {name: value.to(device) for name, value in checkpoint["running"].items()}
+        share = first_batch / max(1, checkpoint["batch_in_epoch"])       # 1, unless batches are others now
+        running = {name: share * value.to(device) for name, value in checkpoint["running"].items()}
         states.restore_rng_state(checkpoint["rng_state"])
         changed = config.changed_constants(C, checkpoint["constants"])
         if changed or checkpoint["total_steps"] != total_steps:
-            go_to_step(scheduler, settings, step)
+            done = (first_epoch - 1) * steps_per_epoch + math.ceil(first_batch / C.UPDATE_EVERY_BATCHES)
+            go_to_step(scheduler, settings, min(done, total_steps))
         else:
             scheduler.load_state_dict(checkpoint["scheduler_state_dict"])
         if distributed.is_main():
@@ -256,7 +258,8 @@ def main():
         entries = {
             "kind": KIND, "epoch": epoch, "batch_in_epoch": batch_in_epoch, "num_batches": num_batches,
             "total_steps": total_steps, "step": step, "best": best,
-            "train_loss": train_loss, "val_loss": val_loss, "history": history, "running": running,
+            "train_loss": train_loss, "val_loss": val_loss, "history": history,
+            "running": {name: distributed.all_reduce_mean(value) for name, value in running.items()},
             "model_state_dict": states.model_state(model),
             "ema_state_dict": ema.state_dict() if ema is not None else None,
             "optimizer_state_dict": states.optimizer_state(model, optimizer),

@@ -1,10 +1,11 @@
 """Train a model on labels, from scratch or from a pretrained backbone.
 
-    python train_finetune.py --task mil -p brain_demo -n findings --init runs/brain/jepa_best.pt  # demo
-    python train_finetune.py --task mil -n findings --data data/cache --init runs/brain/jepa_best.pt \\
+    python train_finetune.py --task mil -p brain_demo -n findings --init runs/brain/jepa_last.pt  # demo
+    python train_finetune.py --task mil -n findings --data data/cache --init runs/brain/jepa_last.pt \\
         --set STUDY_LABELS=labels.csv
-    python train_finetune.py --task mil -n findings --data data/cache -c auto                      # resume
-    torchrun --nproc_per_node=4 train_finetune.py --task mil -n findings --data data/cache
+    python train_finetune.py --task mil -n findings --data data/cache -c auto \\
+        --set STUDY_LABELS=labels.csv                                                              # resume
+    torchrun --nproc_per_node=4 train_finetune.py --task mil -n findings --data data/cache ...
 
 --task mil   findings of a brain study from all of its series: a frozen or trainable token transformer, and
              attention pooling over the study (multiple-instance learning).  Settings: constants.py, sections
@@ -56,6 +57,7 @@ class Task:
     val_set: Dataset
     collate: Callable
     compute: Callable             # (model, batch) -> (loss, outputs)
+    loss: Callable                # (outputs, labels) of any number of items -> loss
     evaluate: Callable            # (task, model, loader, device, interrupts) -> (figures, rows) or None
     draw: Callable                # (path, rows): the sample picture of an epoch
     epochs: int
@@ -79,7 +81,7 @@ def labelled_studies(data, labels_csv):
     return studies, labels
 
 
-def build_mil(args):
+def build_mil(args, init):
     """A classifier of whole studies over the tokens of all series (Ilse et al. 2018, arXiv:1802.04712)."""
     data, labels_csv = study_paths(args.data)
     if not labels_csv:
@@ -94,21 +96,24 @@ def build_mil(args):
     val_set = study_set(splits["val"], False, windows="all", labels=labels)
 
     model = build_study_classifier(len(labels.names))
-    if args.init and not args.checkpoint:
-        matched, unmatched = load_backbone(model.encoder, args.init, args.remove_prefix)
+    if init:
+        matched, unmatched = load_backbone(model.encoder, init, args.remove_prefix)
         if distributed.is_main():
-            print(f"--init {args.init}: {len(matched)} weights of the backbone matched, {len(unmatched)} not "
+            print(f"--init {init}: {len(matched)} weights of the backbone matched, {len(unmatched)} not "
                   f"{unmatched[:5]}")
 
     def compute(model, batch):
         """(loss, outputs): logits [B, C] and attention [T, C or 1] of a batch of whole studies."""
         outputs = model(batch["tokens"], batch["coords"], batch["cu_seqlens"], batch["study_cu_seqlens"])
-        factors = None if weight is None else weight.to(outputs[0].device)
-        return classification_loss(C.MIL_LOSS, outputs[0], batch["labels"], factors), outputs
+        return loss(outputs[0], batch["labels"]), outputs
+
+    def loss(logits, labels):
+        factors = None if weight is None else weight.to(logits.device)
+        return classification_loss(C.MIL_LOSS, logits, labels, factors)
 
     return data, Task(
         kind="mil", model=model, names=labels.names, train_set=train_set, val_set=val_set,
-        collate=ragged_collate, compute=compute, evaluate=evaluate_mil, draw=draw_attention,
+        collate=ragged_collate, compute=compute, loss=loss, evaluate=evaluate_mil, draw=draw_attention,
         epochs=C.MIL_EPOCHS, batch_size=C.MIL_BATCH_SIZE, every=C.MIL_UPDATE_EVERY_BATCHES,
         parameters={"pooler": (C.MIL_LR, C.MIL_WEIGHT_DECAY),
                     "encoder": (C.MIL_LR * C.MIL_BACKBONE_LR_SCALE, C.MIL_WEIGHT_DECAY)},
@@ -119,6 +124,8 @@ def build_mil(args):
 
 def class_weights(labels, studies):
     """Weights of the loss, of labels ("bce") or classes ("ce"), as the constants say; or None."""
+    if C.MIL_LOSS not in ("bce", "ce") and C.MIL_CLASS_WEIGHTS:
+        raise config.UserError(f'MIL_CLASS_WEIGHTS: the loss "{C.MIL_LOSS}" takes none; set it to []')
     if C.MIL_LOSS not in ("bce", "ce") or not (C.MIL_CLASS_WEIGHTS or C.MIL_BALANCE):
         return None
     if C.MIL_CLASS_WEIGHTS and len(C.MIL_CLASS_WEIGHTS) != len(labels.names):
@@ -148,23 +155,23 @@ def draw_attention(path, rows):
 def evaluate_mil(task, model, loader, device, interrupts):
     """(figures, one series for the sample picture); None when the run was asked to stop meanwhile."""
     model.eval()
-    metrics, losses, count, rows = StudyMetrics(C.MIL_LOSS, task.names), 0.0, 0, []
+    metrics, rows = StudyMetrics(C.MIL_LOSS, task.names), []
     for i, batch in enumerate(progress_bar(loader, "validation")):
         if distributed.any_rank([interrupts.stop])[0]:
             return None
-        batch = to_device(batch, device)
+        batch = to_device(batch, device, STAY)
         with autocast(device, C.PRECISION):
-            loss, (logits, attention) = task.compute(model, batch)
+            _, (logits, attention) = task.compute(model, batch)
         if loader.batch_sampler.real(i):
             metrics.update(logits, batch["labels"])
-            losses, count = losses + loss * len(logits), count + len(logits)
             rows = rows or [(batch, attention)]
-    totals = distributed.all_reduce_sum(torch.tensor([float(losses), count], device=device))
     metrics.reduce()
-    return {"loss": (totals[0] / totals[1]).item(), **metrics.compute()}, rows
+    loss = task.loss(metrics.logits, metrics.labels).item()         # whatever the batches are
+    return {"loss": loss, **metrics.compute()}, rows if C.SAMPLES_PER_EPOCH else []
 
 
 TASKS = {"mil": build_mil}
+STAY = ("cu_seqlens", "study_cu_seqlens")          # on the CPU, so that a GPU waits for none
 
 
 # ------------------------------------------------------------------- training
@@ -203,7 +210,9 @@ def main():
     interrupts = Interrupts(C.CHECKPOINT_MINUTES)
 
     # Data and model
-    data, task = TASKS[args.task](args)
+    data, task = TASKS[args.task](args, None if checkpoint else args.init)
+    if not checkpoint and not args.init and distributed.is_main():
+        print("No --init: the network starts from random weights")
     train_loader, val_loader = (
         build_loader(part, part.groups(), task.batch_size, part is task.train_set, task.collate)
         for part in (task.train_set, task.val_set))
@@ -218,8 +227,7 @@ def main():
     ema = EMA(model, C.EMA_DECAY, C.EMA_WARMUP) if C.USE_EMA else None
 
     # Resume
-    first_epoch, first_batch, step, best, history, running = 1, 0, 0, None, [], {}
-    bad_files = set()
+    first_epoch, first_batch, step, best, history, running, bad_files = 1, 0, 0, None, [], {}, set()
     torch.manual_seed(C.SEED + distributed.rank())                  # dropout differs between ranks
     if checkpoint is not None:
         states.load_model_state(model, checkpoint["model_state_dict"])
@@ -228,14 +236,18 @@ def main():
         scaler.load_state_dict(checkpoint["scaler_state_dict"])
         if ema is not None:
             ema.load_state_dict(checkpoint["ema_state_dict"])
+        if checkpoint["names"] != task.names:
+            raise config.UserError(f"the checkpoint is for {', '.join(checkpoint['names'])}, the labels for "
+                                   f"{', '.join(task.names)}; resume with the labels of the run")
         step, best, history = checkpoint["step"], checkpoint["best"], checkpoint["history"]
         batches = sampler.length(checkpoint["epoch"])
         first_epoch, first_batch = resume_position(checkpoint, batches, task.every)
-        running = {name: value.to(device) for name, value in checkpoint["running"].items()}
+        share = first_batch / max(1, checkpoint["batch_in_epoch"])       # 1, unless batches are others now
+        running = {name: share * value.to(device) for name, value in checkpoint["running"].items()}
         states.restore_rng_state(checkpoint["rng_state"])
         changed = config.changed_constants(C, checkpoint["constants"])
         if changed or checkpoint["total_steps"] != total_steps:
-            go_to_step(scheduler, settings, step)
+            go_to_step(scheduler, settings, sum(steps[:first_epoch - 1], -(-first_batch // task.every)))
         else:
             scheduler.load_state_dict(checkpoint["scheduler_state_dict"])
         if distributed.is_main():
@@ -258,7 +270,8 @@ def main():
         entries = {
             "kind": task.kind, "epoch": epoch, "batch_in_epoch": batch_in_epoch,
             "num_batches": sampler.length(epoch), "total_steps": total_steps, "step": step, "best": best,
-            "train_loss": train_loss, "val_loss": val_loss, "history": history, "running": running,
+            "train_loss": train_loss, "val_loss": val_loss, "history": history,
+            "running": {name: distributed.all_reduce_mean(value) for name, value in running.items()},
             "model_state_dict": states.model_state(model),
             "ema_state_dict": ema.state_dict() if ema is not None else None, "names": task.names,
             "optimizer_state_dict": states.optimizer_state(model, optimizer),
@@ -273,7 +286,7 @@ def main():
         save_last(epoch, batch_in_epoch)
         if distributed.is_main():
             trackers.close()
-            print(f"Stopped at epoch {epoch}, batch {batch_in_epoch}; resume with -c auto")
+            print(f"Stopped at epoch {epoch}, batch {batch_in_epoch}/{num_batches}; resume with -c auto")
         distributed.cleanup()
         sys.exit(128 + signal.SIGTERM)
 
@@ -289,7 +302,7 @@ def main():
         batches = progress_bar(train_loader, f"epoch {epoch}", first_batch)
         for i, batch in enumerate(batches, start=first_batch):
             size, is_last = accumulation_group(i, num_batches, task.every)
-            batch = to_device(batch, device)
+            batch = to_device(batch, device, STAY)
 
             # Gradients travel between ranks only on the last micro-batch of a group.
             with distributed.gradient_sync(model, is_last):

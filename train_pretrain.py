@@ -3,7 +3,7 @@
     python train_pretrain.py --method jepa -p brain_demo -n brain            # demo studies, made on first use
     python train_pretrain.py --method jepa -n brain --data data/cache        # cached by prepare_data.py cache
     python train_pretrain.py --method jepa -n brain --data data/cache -c auto                      # resume
-    python train_pretrain.py --method jepa -n stage2 --data data/other --init runs/brain/jepa_best.pt
+    python train_pretrain.py --method jepa -n stage2 --data data/other --init runs/brain/jepa_last.pt
     torchrun --nproc_per_node=4 train_pretrain.py --method jepa -n brain --data data/cache --set STRATEGY=fsdp
 
 --method jepa   Vol-JEPA on brain MRI and CT: a student sees a part of each series and predicts what a
@@ -73,7 +73,7 @@ class Method:
 
 # ---------------------------------------------------------------- JEPA on brain studies
 
-def build_jepa(args):
+def build_jepa(args, init):
     """Student, predictor and teacher on cached studies (Vol-JEPA; Assran et al. 2023, arXiv:2301.08243)."""
     data, labels = study_paths(args.data)
     splits = split_studies(read_cache(data), C.STUDY_VAL_FRACTION, C.STUDY_TEST_FRACTION,
@@ -84,7 +84,7 @@ def build_jepa(args):
                "mask": VolumeBlockMask(C.JEPA_TARGET_SHARE, C.JEPA_CONTEXT_CEILING, C.JEPA_ASPECT,
                                        C.JEPA_DROP_RATE, context_range=C.JEPA_CONTEXT_RANGE)}
     train_set = study_set(splits["train"], True, random_crop=C.JEPA_RANDOM_CROP, **options)
-    model = build_vol_jepa(args)
+    model = build_vol_jepa(init, args.remove_prefix)
     probe = None
     if labels and C.JEPA_PROBE_EVERY:
         whole = [study_set(splits[name], False, windows="all") for name in ("train", "val")]
@@ -99,30 +99,31 @@ def build_jepa(args):
         return result
 
     effective = C.JEPA_BATCH_SIZE * C.JEPA_UPDATE_EVERY_BATCHES * distributed.world_size()
+    scale = effective / 256 if C.JEPA_SCALE_LR else 1.0
     return data, Method(
         kind="jepa", model=model, teacher=make_teacher(model.encoder), collate=ragged_collate,
         train_set=train_set, val_set=study_set(splits["val"], False, **options),
         train_groups=train_set.groups() if C.JEPA_STUDY_SAMPLER else [[i] for i in range(len(train_set))],
         compute=jepa_step, follow=follow_student, evaluate=evaluate, draw=mask_sheet,
         epochs=C.JEPA_EPOCHS, batch_size=C.JEPA_BATCH_SIZE, every=C.JEPA_UPDATE_EVERY_BATCHES,
-        lr=C.JEPA_LR * (effective / 256 if C.JEPA_SCALE_LR else 1),
+        lr=C.JEPA_LR * scale,
         weight_decay=C.JEPA_WEIGHT_DECAY, no_decay=C.JEPA_NO_DECAY_NORM_BIAS,
         schedule={"name": C.JEPA_SCHEDULE, "warmup": C.JEPA_WARMUP_STEPS, "ipe_scale": C.JEPA_IPE_SCALE,
-                  "start_lr": C.JEPA_START_LR, "final_lr": C.JEPA_FINAL_LR},
+                  "start_lr": C.JEPA_START_LR * scale, "final_lr": C.JEPA_FINAL_LR * scale},
         monitor=(C.JEPA_MONITOR, C.JEPA_MONITOR_MODE))
 
 
-def build_vol_jepa(args):
-    """Student and predictor, with the weights of --init in a new run."""
+def build_vol_jepa(init, remove_prefix):
+    """Student and predictor, with the weights of the file ``init`` if there is one."""
     encoder = build_token_vit()
     predictor = Predictor(encoder.dim, C.JEPA_PREDICTOR_DIM, C.JEPA_PREDICTOR_DEPTH, C.JEPA_PREDICTOR_HEADS,
                           dropout=C.STUDY_DROPOUT, drop_path=C.STUDY_DROP_PATH, attention=C.STUDY_ATTENTION,
                           checkpoint_activations=C.ACTIVATION_CHECKPOINTING)
-    if args.init and not args.checkpoint:
-        matched, unmatched = load_backbone(encoder, args.init, args.remove_prefix)
-        own, _ = load_backbone(predictor, args.init, "predictor.", minimum=0.0, prefer=("model_state_dict",))
+    if init:
+        matched, unmatched = load_backbone(encoder, init, remove_prefix)
+        own, _ = load_backbone(predictor, init, "predictor.", minimum=0.0, prefer=("model_state_dict",))
         if distributed.is_main():
-            print(f"--init {args.init}: {len(matched)} weights of the encoder matched, {len(unmatched)} not "
+            print(f"--init {init}: {len(matched)} weights of the encoder matched, {len(unmatched)} not "
                   f"{unmatched[:5]}; {len(own)} of the predictor")
     return VolJEPA(encoder, predictor)
 
@@ -160,13 +161,7 @@ def jepa_predict(model, teacher, batch):
 
 def jepa_step(model, teacher, batch):
     """(loss, figures): smooth L1 between prediction and teacher, and the shares that the masks reach."""
-    return jepa_loss(*jepa_predict(model, teacher, batch)), mask_shares(batch)
-
-
-def mask_shares(batch):
-    """Mean shares of target and context in the foreground of a batch's series."""
-    shares = mask_ratios(batch["context"], batch["target"], batch["foreground"], batch["cu_seqlens"])
-    return dict(zip(("target_share", "context_share"), shares, strict=True))
+    return jepa_loss(*jepa_predict(model, teacher, batch)), mask_ratios(batch)
 
 
 @torch.no_grad()
@@ -181,10 +176,10 @@ def evaluate_jepa(model, teacher, loader, device, interrupts):
         with autocast(device, C.PRECISION):
             pred, targets = jepa_predict(model, teacher, batch)
         series = len(batch["series"]) if loader.batch_sampler.real(i) else 0
-        for name, value in {"loss": jepa_loss(pred, targets), **mask_shares(batch)}.items():
+        for name, value in {"loss": jepa_loss(pred, targets), **mask_ratios(batch)}.items():
             sums[name] = sums.get(name, 0) + value * series
         count += series
-        features.append(targets[::max(1, len(targets) // 512)])
+        features.append(targets[::max(1, len(targets) * len(loader) // 4096)])       # some thousand in all
         if series and len(rows) < C.SAMPLES_PER_EPOCH:
             rows += mask_rows(batch, (pred.float() - targets).abs().mean(1))
     count = distributed.all_reduce_sum(torch.tensor(float(count), device=device)).item()
@@ -239,7 +234,7 @@ def main():
     interrupts = Interrupts(C.CHECKPOINT_MINUTES)
 
     # Data and model
-    data, method = METHODS[args.method](args)
+    data, method = METHODS[args.method](args, None if checkpoint else args.init)
     size, collate, singles = method.batch_size, method.collate, [[i] for i in range(len(method.val_set))]
     train_loader = build_loader(method.train_set, method.train_groups, size, True, collate)
     val_loader = build_loader(method.val_set, singles, size, False, collate)
@@ -254,8 +249,7 @@ def main():
     scaler = torch.amp.GradScaler(device.type, enabled=C.PRECISION == "fp16")
 
     # Resume
-    first_epoch, first_batch, step, best, history, running = 1, 0, 0, None, [], {}
-    bad_files = set()
+    first_epoch, first_batch, step, best, history, running, bad_files = 1, 0, 0, None, [], {}, set()
     torch.manual_seed(C.SEED + distributed.rank())                  # dropout differs between ranks
     if checkpoint is not None:
         states.load_model_state(model, checkpoint["model_state_dict"])
@@ -267,11 +261,12 @@ def main():
         step, best, history = checkpoint["step"], checkpoint["best"], checkpoint["history"]
         batches = sampler.length(checkpoint["epoch"])
         first_epoch, first_batch = resume_position(checkpoint, batches, method.every)
-        running = {name: value.to(device) for name, value in checkpoint["running"].items()}
+        share = first_batch / max(1, checkpoint["batch_in_epoch"])       # 1, unless batches are others now
+        running = {name: share * value.to(device) for name, value in checkpoint["running"].items()}
         states.restore_rng_state(checkpoint["rng_state"])
         changed = config.changed_constants(C, checkpoint["constants"])
         if changed or checkpoint["total_steps"] != total_steps:
-            go_to_step(scheduler, settings, step)
+            go_to_step(scheduler, settings, sum(steps[:first_epoch - 1], -(-first_batch // method.every)))
         else:
             scheduler.load_state_dict(checkpoint["scheduler_state_dict"])
         if distributed.is_main():
@@ -294,7 +289,8 @@ def main():
         entries = {
             "kind": method.kind, "epoch": epoch, "batch_in_epoch": batch_in_epoch,
             "num_batches": sampler.length(epoch), "total_steps": total_steps, "step": step, "best": best,
-            "train_loss": train_loss, "val_loss": val_loss, "history": history, "running": running,
+            "train_loss": train_loss, "val_loss": val_loss, "history": history,
+            "running": {name: distributed.all_reduce_mean(value) for name, value in running.items()},
             "model_state_dict": states.model_state(model),
             "teacher_state_dict": None if teacher is None else states.model_state(teacher),
             "optimizer_state_dict": states.optimizer_state(model, optimizer),
@@ -309,7 +305,7 @@ def main():
         save_last(epoch, batch_in_epoch)
         if distributed.is_main():
             trackers.close()
-            print(f"Stopped at epoch {epoch}, batch {batch_in_epoch}; resume with -c auto")
+            print(f"Stopped at epoch {epoch}, batch {batch_in_epoch}/{num_batches}; resume with -c auto")
         distributed.cleanup()
         sys.exit(128 + signal.SIGTERM)
 
@@ -350,7 +346,8 @@ def main():
             scaler.update()
             scheduler.step()
             optimizer.zero_grad(set_to_none=True)
-            method.follow(model, teacher, step, total_steps)
+            distributed.sync_buffers_(model)
+            method.follow(model, teacher, scheduler.last_epoch - 1, total_steps)
             step += 1
             group_loss, group_items = torch.zeros((), device=device), []
 

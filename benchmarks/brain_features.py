@@ -114,7 +114,7 @@ def findings(args, encoders):
     labels = read_labels(args.labels, "bce")
     splits = split_studies(read_cache(args.data), C.STUDY_VAL_FRACTION, C.STUDY_TEST_FRACTION,
                            C.STUDY_SPLIT_CSV or None)
-    sides = [splits["train"] + splits["val"], splits["test"]]
+    sides = [labels.match(side)[0] for side in (splits["train"] + splits["val"], splits["test"])]
     answers = [torch.stack([labels.values[study.name] for study in side]) for side in sides]
     print(f"findings: {', '.join(labels.names)}; {len(sides[0])} studies to fit, {len(sides[1])} to judge")
     scores = {}

@@ -134,15 +134,16 @@ def drop_slab_(context, depth, keep, generator):
     context[tokens[start:start + excess]] = False
 
 
-def mask_ratios(context, target, foreground, cu_seqlens):
-    """(mean target share, mean context share) of the foreground, over the series of a ragged batch.
+def mask_ratios(batch):
+    """{"target_share", "context_share"}: means over the series of a ragged batch, of the foreground.
 
-    Masks bool [T]; cu_seqlens int [S + 1]: where each series begins, and T.  Two float32 tensors without
-    dimensions, on the device of the masks.  A series without foreground counts as 0.
+    batch: target, context, foreground bool [T]; cu_seqlens int [S + 1]: where each series begins, and T.
+    Float32 tensors without dimensions, on the device of the masks.  A series without foreground counts as 0.
     """
-    masks = torch.stack([target, context, foreground])                                         # [3, T]
-    counts = F.pad(masks.cumsum(1), (1, 0))[:, cu_seqlens.long()].diff(dim=1)                  # [3, S]
-    return tuple((counts[:2] / counts[2].clamp(min=1)).mean(1))
+    masks = torch.stack([batch[name] for name in ("target", "context", "foreground")])         # [3, T]
+    counts = F.pad(masks.cumsum(1), (1, 0))[:, batch["cu_seqlens"].long()].diff(dim=1)         # [3, S]
+    target, context = (counts[:2] / counts[2].clamp(min=1)).mean(1)
+    return {"target_share": target, "context_share": context}
 
 
 def check(name, value, good, allowed):

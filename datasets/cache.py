@@ -29,7 +29,7 @@ from datasets.cache_series import (
     record_path,
     save_json,
 )
-from datasets.pair_files import list_bad_files, run_jobs
+from datasets.pair_files import CRASHED, list_bad_files, run_jobs
 from datasets.study_modes import decide, read_modes
 from datasets.volumes import find_sources
 from utils.config import BadFile, UserError
@@ -78,14 +78,16 @@ def write_cache(raw, output, modes_csv, workers, settings):
     """Preprocess every series of the folder ``raw`` -> counts: dict(made, kept, removed, bad, studies).
 
     raw: a folder per study.  modes_csv: columns study, mode (mri | ct), or None; the modes of other studies
-    are guessed, and all are written to mode_mapping.csv.  workers: processes; 0 makes all here.
+    are guessed, and all are written to mode_mapping.csv.  workers: processes; 0 makes all here, where a
+    decoder that crashes ends the program; else that is one of the sources that cannot be used.
     settings: dict(spacing [mm across slices, mm within], percentiles [low, high], mri_background percentile,
     ct_background HU).
     A series is kept when its source and mode did not change, and removed with its source.  An interrupted run
     leaves whole series only; read_cache refuses the cache until a run has ended.  Sources that cannot be used
-    are listed in bad_files.csv.  Raises UserError when none can, when the CSV is wrong (see read_modes), or
-    when the folder's cache was made with other settings.
+    are listed in bad_files.csv.  Raises UserError when none can, when the CSV is wrong (see read_modes), when
+    the folder's cache was made with other settings, or when these make no sense.
     """
+    check_settings(settings)
     raw, output = Path(raw), Path(output)
     sources, bad = find_sources(raw)
     known = {path.name for path in raw.iterdir()} | {source.study for source in sources}
@@ -94,7 +96,7 @@ def write_cache(raw, output, modes_csv, workers, settings):
     created = claim_cache(raw, output, settings)
     folder_of = {source: output / "processed" / source.study for source in sources}
     found = run(inspect, [(source, raw, folder_of[source], source.study not in given) for source in sources],
-                workers, f"{output.name}: modes")
+                workers, lambda job: (job[0], None, (None, "")), f"{output.name}: modes")
     modes = modes_of(found, given)
     records, jobs = {}, []
     for source, record, (word, why) in found:
@@ -107,7 +109,8 @@ def write_cache(raw, output, modes_csv, workers, settings):
             vote = None if source.study in given else (word, why)
             jobs.append((source, raw, folder_of[source], mode, vote, settings))
     kept = len(records)
-    for source, record, reason in run(make_series, jobs, workers, f"{output.name}: series"):
+    for source, record, reason in run(make_series, jobs, workers, lambda job: (job[0], None, CRASHED),
+                                      f"{output.name}: series"):
         if record:
             records[source] = record
         else:
@@ -120,6 +123,17 @@ def write_cache(raw, output, modes_csv, workers, settings):
                                    for path in paths_of(folder_of[source], source.name, record)})
     return {"made": len(records) - kept, "kept": kept, "removed": removed, "bad": len(bad),
             "studies": write_index(output, created, settings, records)}
+
+
+def check_settings(settings):
+    """Raise UserError for settings that make no sense."""
+    spacing, percentiles, background = (settings[key] for key in ("spacing", "percentiles", "mri_background"))
+    if len(spacing) != 2 or min(spacing) <= 0:
+        raise UserError(f"STUDY_SPACING_MM = {spacing}: must be two lengths above 0 (across slices, within)")
+    if len(percentiles) != 2 or not 0 <= percentiles[0] < percentiles[1] <= 100:
+        raise UserError(f"STUDY_MRI_PERCENTILES = {percentiles}: must be two rising numbers from 0 to 100")
+    if not 0 <= background <= 100:
+        raise UserError(f"STUDY_MRI_BACKGROUND = {background}: must be from 0 to 100")
 
 
 def below(raw, path):
@@ -136,9 +150,9 @@ def without_clashes(sources, bad, raw):
     return [source for source in sources if source not in clash], bad
 
 
-def run(work, jobs, workers, title):
-    """The results of work(job) for all jobs, in the order in which they end, under a progress bar."""
-    return list(tqdm(run_jobs(work, jobs, workers), total=len(jobs), unit="series", desc=title))
+def run(work, jobs, workers, crashed, title):
+    """All results of run_jobs(work, jobs, workers, crashed), under a progress bar."""
+    return list(tqdm(run_jobs(work, jobs, workers, crashed), total=len(jobs), unit="series", desc=title))
 
 
 def claim_cache(raw, output, settings):
@@ -177,7 +191,7 @@ def modes_of(found, given):
 
 def write_modes(output, modes):
     """Write mode_mapping.csv: study, mode, source; corrected, it can be given to the next run."""
-    with open(output / "mode_mapping.csv", "w", newline="") as file:
+    with open(output / "mode_mapping.csv", "w", newline="", errors="backslashreplace") as file:
         csv.writer(file).writerows([("study", "mode", "source"),
                                     *((study, *mode) for study, mode in modes.items())])
 
@@ -268,7 +282,7 @@ def load_tensor(path, shape):
         data = torch.load(path, mmap=True, weights_only=True)["data"]
         found = data.dtype, tuple(data.shape)
     except DAMAGED as error:
-        raise BadFile(f"{path}: missing or damaged; {AGAIN}") from error
+        raise BadFile(f"{path}: missing or damaged; delete it and {AGAIN}") from error
     if found != (torch.uint8, tuple(shape)):
-        raise BadFile(f"{path}: not of this series; {AGAIN}")
+        raise BadFile(f"{path}: not of this series; delete it and {AGAIN}")
     return data

@@ -57,11 +57,11 @@ def current_record(source, raw, folder):
     path, files = record_path(folder, source.name), files_of(source, raw)
     try:
         record = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
-    if record["files"].keys() != files.keys() or not all(
-            p.is_file() for p in paths_of(folder, source.name, record)):
-        return None
+        if record["files"].keys() != files.keys() or not all(
+                p.is_file() for p in paths_of(folder, source.name, record)):
+            return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None                                  # none as yet, or damaged
     if record["files"] != files:
         if record["sha256"] != hash_of(source.paths):
             return None

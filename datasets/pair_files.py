@@ -8,7 +8,11 @@ import os
 import re
 import shutil
 import signal
+import threading
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +24,7 @@ from utils.config import BadFile, UserError
 
 SETTINGS_FILE = "pairs.json"                         # in the output folder: what all its cases were made with
 UNFINISHED = ".making-"                              # prefix of a folder that is being written
+CRASHED = "the decoder crashed on it, or memory ran out"
 
 
 def find_sources(data, patients=None):
@@ -87,10 +92,10 @@ def write_cases(sources, output, per_source, size, seed, workers, settings, prep
 
     prepare(path, size, settings) is called once per source, make(prepared, rng, size, settings) once per case
     and returns dict(prior, current, diff, params); both are functions of a module: other processes call them.
-    A case depends on (seed, its name) alone.  workers: processes; 0 makes all here.
+    A case depends on (seed, its name) alone.  workers: processes; 0 makes all here (see run_jobs).
     A case is written beside and renamed, so an interrupted run leaves whole cases only; the next run keeps
-    them.  Sources that raise BadFile are listed in bad_files.csv.  Raises UserError when there is no source,
-    when none can be used, or when the folder's cases were made with other settings.
+    them.  Sources that raise BadFile or crash their process are listed in bad_files.csv.  Raises UserError
+    when there is no source, when none can be used, or when the folder's cases were made with other settings.
     """
     output = Path(output)
     if not sources:
@@ -106,7 +111,8 @@ def write_cases(sources, output, per_source, size, seed, workers, settings, prep
             jobs.append((path, missing, output, size, seed, settings, prepare, make))
     bad, made = [], 0
     with tqdm(total=per_source * len(sources), initial=kept, unit="pair", desc=output.name) as bar:
-        for count, path, reason in run_jobs(make_cases, jobs, workers, [make.__module__]):
+        for count, path, reason in run_jobs(
+                make_cases, jobs, workers, lambda job: (0, job[0], CRASHED), [make.__module__]):
             made += count
             bar.update(count)
             if reason:
@@ -137,28 +143,57 @@ def claim_folder(output, settings):
         shutil.rmtree(folder)
 
 
-def run_jobs(work, jobs, workers, preload=()):
-    """Yield work(job) for each job, in any order.
+def run_jobs(work, jobs, workers, crashed=None, preload=()):
+    """Yield work(job) for each of a list of jobs, in any order.
 
-    work: a function of a module.  workers: processes; 0: all here.  preload: names of modules that it needs.
+    work: a function of a module, which may be called again for a job that it has begun.  workers: processes;
+    0: all here, where a decoder that crashes on a damaged file ends the program.  crashed(job): what is
+    yielded for a job that ends its process; without it that raises UserError.  preload: names of modules that
+    work needs.
     """
-    if workers == 0 or len(jobs) < 2:
+    if workers == 0:
         yield from map(work, jobs)
         return
     context = multiprocessing.get_context("forkserver")      # a plain fork may hang in torch's threads
     context.set_forkserver_preload([__name__, work.__module__, *preload])
+    while jobs:
+        lost = yield from run_pool(work, jobs, workers, context)
+        if lost and crashed is None:
+            raise UserError("a process was killed: give fewer --workers if memory ran out")
+        for job in lost[:workers]:                   # the processes were at these: now one by one
+            if (yield from run_pool(work, [job], 1, context)):
+                yield crashed(job)
+        jobs = lost[workers:]
+
+
+def run_pool(work, jobs, workers, context):
+    """Yield work(job) in any order -> the jobs, in order, that have no result because a process crashed."""
+    futures, done = [], set()
     with ProcessPoolExecutor(min(workers, len(jobs)), context, start_worker) as pool:
         try:
-            for future in as_completed([pool.submit(work, job) for job in jobs]):
-                yield future.result()
+            with suppress(BrokenProcessPool):        # a crash so soon that some cannot be submitted
+                for job in jobs:
+                    futures.append(pool.submit(work, job))
+            for future in as_completed(futures):
+                if not isinstance(future.exception(), BrokenProcessPool):
+                    done.add(future)
+                    yield future.result()
         finally:
             pool.shutdown(cancel_futures=True)       # on Ctrl-C: end the running jobs, start no other
+    return [job for job, future in zip_longest(jobs, futures) if future not in done]
 
 
 def start_worker():
-    """One thread per process; Ctrl-C is the parent's to answer."""
+    """One thread per process; Ctrl-C is the parent's to answer, and a killed parent is not waited for."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def end_with_parent():
+    """End this process as soon as its parent is gone: else it would stay, waiting for the next job."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def make_cases(job):
@@ -169,6 +204,8 @@ def make_cases(job):
     except BadFile as error:
         return 0, path, str(error)
     for name in names:
+        if (output / name).is_dir():                 # made before the crash of another job ended this one
+            continue
         key = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
         pair = make(prepared, np.random.default_rng([seed, key]), size, settings)
         pair["params"].update(source=str(path), seed=seed, case=name, size=size)
@@ -193,5 +230,5 @@ def list_bad_files(output, bad):
     file = output / "bad_files.csv"
     file.unlink(missing_ok=True)
     if bad:
-        with open(file, "w", newline="") as out:
+        with open(file, "w", newline="", errors="backslashreplace") as out:     # a name may be no Unicode
             csv.writer(out).writerows([("path", "reason"), *bad])

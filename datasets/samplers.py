@@ -69,7 +69,11 @@ class StudyAwareBatchSampler:
             raise UserError(f"a batch of {batch_size} images: must be 1 at least")
         self.groups, self.batch_size, self.shuffle, self.seed = groups, batch_size, shuffle, seed
         self.rank, self.world_size = rank, world_size
-        self.set_position(0)
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch):
+        """Read ``epoch`` from its first batch on."""
+        self.set_position(epoch)
 
     def set_position(self, epoch, start_batch=0):
         """Read ``epoch`` from this rank's batch ``start_batch`` on."""

@@ -1,16 +1,16 @@
 """Whether a study is MRI or CT: from a table, from DICOM, or guessed from values and names."""
 
-import csv
 import re
 
 import numpy as np
 import pydicom
 
+from datasets.splits import read_table
 from datasets.volumes import read_volume
 from utils.config import BadFile, UserError, closest
 
 STUDY_MODES = ("mri", "ct")
-MODALITIES = {"MR": "mri", "CT": "ct"}               # of DICOM
+MODALITIES = {"MR": "mri", "CT": "ct", "OT": None, "": None}      # of DICOM; the last two say nothing
 AIR = -500                                           # HU; nothing of a head is thinner
 SAMPLE = 1_000_000                                   # voxels that a guess looks at
 WINDOW = r"(?:brain|blood|bone)(?=[ _-]?window)"
@@ -25,37 +25,34 @@ def read_modes(path, studies):
     """
     if path is None:
         return {}
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            rows = csv.DictReader(file)
-            if not {"study", "mode"} <= set(rows.fieldnames or []):
-                raise UserError(f"{path}: needs the columns study and mode")
-            modes = {}
-            for row in rows:
-                study, mode, line = row["study"], row["mode"], f"{path}, line {rows.line_num}"
-                if mode not in STUDY_MODES:
-                    raise UserError(f'{line}: the mode "{mode}" is not one of {", ".join(STUDY_MODES)}')
-                if study in modes:
-                    raise UserError(f"{line}: the study {study} comes a second time")
-                if study not in studies:
-                    raise UserError(f"{line}: there is no study {study}{closest(study, studies)}")
-                modes[study] = mode
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from error
+    rows, modes = read_table(path, "--modes"), {}
+    if not rows or not {"study", "mode"} <= rows[0][1].keys():
+        raise UserError(f"{path}: needs rows, and the columns study and mode")
+    for line, row in rows:
+        study, mode, place = row["study"], row["mode"], f"{path}, line {line}"
+        if mode not in STUDY_MODES:
+            raise UserError(f'{place}: the mode "{mode}" is not one of {", ".join(STUDY_MODES)}')
+        if study in modes:
+            raise UserError(f"{place}: the study {study} comes a second time")
+        if study not in studies:
+            raise UserError(f"{place}: there is no study {study}{closest(study, studies)}")
+        modes[study] = mode
     return modes
 
 
 def vote_of(source, raw, look):
     """(mode or None, why) of one Source: DICOM Modality, a CT's name, or values that look like HU.
 
+    Of another modality DICOM's own word is the mode ("PT"): such a series belongs into no study.
     look False: the values are not looked at.  A file that cannot be read has no opinion.
     """
     path = source.paths[0]
     if source.kind == "dicom":
         header = pydicom.dcmread(path, stop_before_pixels=True, force=True, specific_tags=["Modality"])
-        word = header.get("Modality")
-        if word in MODALITIES:
-            return MODALITIES[word], "DICOM Modality"
+        word = str(header.get("Modality") or "")
+        mode = MODALITIES.get(word, word)
+        if mode:
+            return mode, "DICOM Modality"
     if not look:
         return None, ""
     if CT_WORD.search(str(path.relative_to(raw)).lower()):
@@ -82,12 +79,14 @@ def looks_like_hu(data):
 def decide(votes):
     """(mode, why) of a study from the votes of its series; the majority, and CT when equally many.
 
-    A series without opinion counts as MRI: a CT is told by its values, an MRI by nothing.
+    A series without opinion counts as MRI: a CT is told by its values, an MRI by nothing.  Other modalities
+    do not count.
     """
     count = {mode: sum((word or "mri") == mode for word, _ in votes) for mode in STUDY_MODES}
     mode = "ct" if count["ct"] >= count["mri"] else "mri"
-    reasons = [why for word, why in votes if word == mode] or [why for _, why in votes if why]
-    return mode, reasons[0] if reasons else "guess: no file can be read"
+    reasons = ([why for word, why in votes if word == mode]
+               or [why for word, why in votes if word is None and why])
+    return mode, reasons[0] if reasons else "guess: no MRI or CT can be read"
 
 
 def window_in(path):

@@ -67,6 +67,7 @@ def find_sources(raw):
     for study, path in files_below(raw):
         try:
             if path.name.lower().endswith(NIFTI_SUFFIXES):
+                path.stat()                          # OSError for a link to nowhere
                 groups[study or safe_name(stem_of(path)), path] = "nifti", None, [path]
             elif path.suffix.lower() in DICOM_SUFFIXES or is_dicom(path):
                 first = read_frames(path, forms)[0]
@@ -140,8 +141,9 @@ def read_nifti(path):
     """The Volume of a NIfTI-1 or NIfTI-2 file, gzipped or not; int16 for integers of at most that size.
 
     A fourth axis of one volume is dropped.  The affine is the sform, else the qform, else made of spacings
-    alone, as nibabel chooses.  Raises BadFile when the file is damaged, 2D, truly 4D, colour or complex, has
-    a voxel that is NaN or infinite, or spacings or an affine that make no sense.
+    alone, as nibabel chooses; then nothing tells left from right, and a note says so.  Raises BadFile when
+    the file is damaged, 2D, truly 4D, colour or complex, has a voxel that is NaN or infinite, or spacings or
+    an affine that make no sense.
     """
     path = Path(path)
     header, spacing, voxels = open_nifti(path, read_bytes(path))
@@ -161,7 +163,8 @@ def read_nifti(path):
         data = scale_nifti(header, voxels).reshape(voxels.shape[:3], order="F")
     if data.dtype == np.float32 and not np.isfinite(data).all():
         raise BadFile(f"{path}: {np.count_nonzero(~np.isfinite(data))} voxels are NaN or infinite")
-    return Volume(data, affine)
+    told = header["sform_code"] or header["qform_code"]
+    return Volume(data, affine, notes=[] if told else ["no orientation in the header, taken as LAS"])
 
 
 def read_dicom_series(paths):

@@ -237,6 +237,6 @@ def test_ratios_equal_a_loop_over_series():
         shares = [mask[a:b].sum().item() / max(1, foreground[a:b].sum().item())
                   for a, b in zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True)]
         expected.append(torch.tensor(np.mean(shares), dtype=torch.float32))
-    actual = mask_ratios(context, target, foreground, ends)
-    assert [value.shape for value in actual] == [torch.Size([])] * 2
-    torch.testing.assert_close(list(actual), expected)
+    actual = mask_ratios({"context": context, "target": target, "foreground": foreground, "cu_seqlens": ends})
+    assert list(actual) == ["target_share", "context_share"]
+    torch.testing.assert_close(list(actual.values()), expected)

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import nibabel as nib
@@ -11,12 +12,14 @@ import numpy as np
 import pydicom
 import pytest
 import torch
-from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
+from pydicom.encaps import encapsulate
+from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, JPEGLSLossless, generate_uid
 from scipy import ndimage
 
 from datasets import cache_series
 from datasets.cache import load_image, load_mask, read_cache, write_cache
 from datasets.intensity import ct_to_uint8
+from datasets.pair_files import CRASHED
 from datasets.volumes import find_sources, read_volume
 from utils.config import BadFile, UserError
 
@@ -153,6 +156,51 @@ def test_processes_make_the_same_cache(raw, tmp_path):
     assert contents(tmp_path / "w0/processed") == contents(tmp_path / "w2/processed")
 
 
+def make_or_crash(job):
+    """cache_series.make_series, but the source t1 ends its process."""
+    if job[0].name == "t1":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    return cache_series.make_series(job)
+
+
+def test_a_source_that_crashes_its_process_is_listed_and_all_others_are_cached(raw, tmp_path, monkeypatch):
+    """Decoders in C++ can end a process; the next run tries that source again."""
+    cache = tmp_path / "cache"
+    monkeypatch.setattr("datasets.cache.make_series", make_or_crash)
+    assert write(raw, cache, workers=2) == {"made": 2, "kept": 0, "removed": 0, "bad": 3, "studies": 2}
+    assert {"path": "m1/t1.nii.gz", "reason": CRASHED} in table(cache / "bad_files.csv")
+    monkeypatch.undo()
+    assert write(raw, cache, workers=1) == {"made": 1, "kept": 2, "removed": 0, "bad": 2, "studies": 2}
+    write(raw, tmp_path / "whole")
+    assert contents(cache / "processed") == contents(tmp_path / "whole/processed")
+
+
+def damage_jpeg_ls(path):
+    """Turn a slice into JPEG-LS whose header claims 80 bits per pixel, which ends a process of GDCM 3.2."""
+    dataset = pydicom.dcmread(path)
+    size = dataset.Rows.to_bytes(2, "big") + dataset.Columns.to_bytes(2, "big")
+    frame = (bytes.fromhex("FFD8 FFF7 000B 50") + size + bytes.fromhex("01 011100 FFDA 0008 01 0100 000000")
+             + bytes(200) + bytes.fromhex("FFD9"))
+    dataset.PixelData = encapsulate([frame])
+    dataset["PixelData"].VR, dataset["PixelData"].is_undefined_length = "OB", True
+    dataset.file_meta.TransferSyntaxUID = JPEGLSLossless
+    dataset.save_as(path)
+
+
+def test_compressed_slices_that_crash_the_decoder_are_listed(raw, tmp_path):
+    """With a modality they are first decoded when the series is made, without when modes are guessed."""
+    write(raw, tmp_path / "sound")
+    for modality in ("CT", "OT"):
+        write_dicom(raw / "c1" / modality, head(3, hu=True), modality)
+        damage_jpeg_ls(raw / "c1" / modality / "03.dcm")
+    assert write(raw, tmp_path / "cache", workers=2)["bad"] == 4
+    reasons = {row["path"]: row["reason"] for row in table(tmp_path / "cache/bad_files.csv")}
+    for modality in ("CT", "OT"):
+        reason = reasons[f"c1/{modality}/00.dcm"]
+        assert reason == CRASHED or "cannot be decoded" in reason              # of a GDCM that is mended
+    assert contents(tmp_path / "cache/processed") == contents(tmp_path / "sound/processed")
+
+
 def test_a_rerun_does_what_is_due_and_nothing_else(raw, tmp_path):
     """New bytes are read again, new times are not; what is missing is made, and what is gone removed."""
     cache = tmp_path / "cache"
@@ -222,14 +270,16 @@ def test_a_series_of_the_other_modality_is_listed(raw, tmp_path):
     """A study has one mode; what DICOM calls MR is not windowed."""
     write_dicom(raw / "c1" / "mr", head(3, hu=True), "MR")
     write_dicom(raw / "c1" / "ct", head(3, hu=True), "CT")
+    write_dicom(raw / "c1" / "pet", head(3, hu=True), "PT")
     modes = tmp_path / "modes.csv"
     modes.write_text("study,mode\nc1,ct\n")
     for table_of_modes in (None, modes):
         counts = write(raw, tmp_path / f"cache{table_of_modes is None}", table_of_modes)
-        assert counts["bad"] == 3 and counts["made"] == 4
+        assert counts["bad"] == 4 and counts["made"] == 4
         rows = table(tmp_path / f"cache{table_of_modes is None}" / "bad_files.csv")
-        (row,) = (row for row in rows if row["path"].startswith("c1/mr/"))
-        assert row["reason"] == "DICOM Modality says mri, but the study's mode is ct"
+        for word, folder in (("mri", "mr"), ("PT", "pet")):
+            (row,) = (row for row in rows if row["path"].startswith(f"c1/{folder}/"))
+            assert row["reason"] == f"DICOM Modality says {word}, but the study's mode is ct"
 
 
 def test_dicom_and_the_same_volume_as_nifti_give_the_same_cache(tmp_path):
@@ -248,6 +298,21 @@ def test_a_tilted_uneven_series_gives_the_same_cache_as_nifti(tmp_path):
     volume = read_volume(source)
     write_nifti(tmp_path / "raw/ct_b/scan.nii", volume.data, volume.affine)
     check_same(tmp_path)
+
+
+@pytest.mark.skipif(not BRAIN.is_dir(), reason="shared/data/brain is absent")
+def test_every_real_series_is_cached_or_listed(tmp_path):
+    """Label maps and a CT that is not in HU are no images; all else stands upright, with tissue in it."""
+    write(BRAIN, tmp_path)
+    reasons = {row["path"]: row["reason"] for row in table(tmp_path / "bad_files.csv")}
+    series = [series for study in read_cache(tmp_path) for series in study.series]
+    assert len(series) + len(reasons) == len(find_sources(BRAIN)[0])
+    for path, reason in reasons.items():
+        assert ("seg" in path and "label map" in reason) or ("scct" in path and "Hounsfield" in reason)
+    for one in series:
+        letters = {"axial": "IPR", "coronal": "PIR", "sagittal": "RIP"}[one.view]
+        assert "".join(nib.aff2axcodes(np.array(one.affine))) == letters
+        assert 0.1 < 1 - load_mask(one).float().mean() < 1
 
 
 def check_same(folder):
@@ -287,6 +352,27 @@ def test_other_settings_and_other_folders_are_refused(raw, tmp_path):
         write(raw, tmp_path / "foreign")
 
 
+@pytest.mark.parametrize("key, value", [
+    ("spacing", [4.0]), ("spacing", [0, 1]), ("spacing", [-4, 1]), ("percentiles", [99.5, 0.5]),
+    ("percentiles", [0.5, 101]), ("percentiles", [0.5]), ("mri_background", 200)])
+def test_settings_that_make_no_sense_name_the_constant(raw, tmp_path, key, value):
+    """Before anything is made: inverted percentiles would give inverted images."""
+    with pytest.raises(UserError, match=f"STUDY_.*{key.upper()}.* = .*must be"):
+        write(raw, tmp_path / "cache", **{key: value})
+    assert not (tmp_path / "cache").exists()
+
+
+def test_names_that_are_no_unicode_are_cached_and_listed(raw, tmp_path):
+    """Folders and files of old systems; the tables are still text."""
+    odd = os.fsdecode(b"m\xfcnch")
+    write_nifti(raw / odd / "t1.nii.gz", head(0))
+    (raw / odd / f"{odd}.nii").write_bytes(b"broken")
+    write(raw, tmp_path / "cache")
+    assert odd in [study.name for study in read_cache(tmp_path / "cache")]
+    listed = [row["path"] for row in table(tmp_path / "cache/bad_files.csv")]
+    assert r"m\udcfcnch/m\udcfcnch.nii" in listed
+
+
 def test_a_folder_with_nothing_usable_is_an_error_that_removes_nothing(raw, tmp_path):
     """A disk that is not mounted must not empty the cache."""
     cache = tmp_path / "cache"
@@ -310,7 +396,7 @@ def test_what_is_no_cache_is_refused(tmp_path):
         read_cache(tmp_path)
 
 
-def test_damage_is_noticed_by_file(raw, tmp_path):
+def test_damage_is_noticed_by_file_and_mended_by_a_rerun(raw, tmp_path):
     """Missing, cut short, foreign or of another series: the message names the file."""
     cache = tmp_path / "cache"
     write(raw, cache)
@@ -332,6 +418,9 @@ def test_damage_is_noticed_by_file(raw, tmp_path):
     (series.folder / "scan_metadata.json").write_text("{}")
     with pytest.raises(BadFile, match="scan_metadata.json: missing or damaged"):
         read_cache(cache)
+    write(raw, cache)                                          # as the messages say
+    series = read_cache(cache)[0].series[0]
+    assert path.read_bytes() == whole and load_mask(series).shape == load_image(series, "bone").shape
 
 
 def test_nothing_outside_the_cache_is_read(raw, tmp_path):

@@ -3,6 +3,9 @@
 import csv
 import json
 import os
+import signal
+import time
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -13,7 +16,7 @@ from test_lungs import draw_chest
 from datasets import pair_files, pairs
 from datasets.io import read_image, write_nifti
 from datasets.nuisance import draw_pose, pose_grid, warp
-from datasets.pair_files import case_prefixes, find_sources, find_volumes
+from datasets.pair_files import CRASHED, case_prefixes, find_sources, find_volumes, run_jobs, write_cases
 from datasets.pairs import (
     FINDING_PROBABILITIES,
     clean_map,
@@ -204,6 +207,58 @@ def test_an_interrupted_run_leaves_whole_cases_and_is_completed(xrays, tmp_path,
     counts = write_pairs(sources, tmp_path / "broken", 2, SIZE, 0, 0, {})
     assert counts == {"made": 4, "kept": 2, "bad": 2}
     assert contents(tmp_path / "broken") == contents(tmp_path / "whole")
+
+
+def test_a_killed_process_ends_the_run_in_one_line():
+    """By the system when memory runs out: no traceback of the pool."""
+    with pytest.raises(UserError, match="was killed: .* --workers"):
+        list(run_jobs(os._exit, [1, 1], 1))
+
+
+def square_or_crash(number):
+    """A job; those of 3 and 17 end their process as a decoder in C++ does."""
+    if number in (3, 17):
+        os.kill(os.getpid(), signal.SIGSEGV)
+    return number ** 2
+
+
+@pytest.mark.parametrize("jobs, workers", [(range(20), 2), (range(20), 5), ([17, 3], 1), ([3], 4), ([], 1)])
+def test_a_crash_loses_its_own_job_alone(jobs, workers):
+    """Every job has one result; in more processes than one, all that run beside the culprit end with it."""
+    results = run_jobs(square_or_crash, list(jobs), workers, crashed=lambda number: f"no {number}")
+    expected = [f"no {number}" if number in (3, 17) else number ** 2 for number in jobs]
+    assert sorted(results, key=str) == sorted(expected, key=str)
+
+
+def crash_when_the_other_is_at_its_second_case(path, size, settings):
+    """Prepare a source: "b" ends its process, once ``make_one`` has been called twice for "a"."""
+    while path.name == "b":
+        if len(Path(settings["calls"]).read_bytes()) >= 2:
+            os.kill(os.getpid(), signal.SIGSEGV)
+        time.sleep(0.01)
+    return path
+
+
+def make_one(prepared, rng, size, settings):
+    """Make a case; the second one ever does not end before the crash."""
+    with open(settings["calls"], "ab") as calls:
+        calls.write(b".")
+    if len(Path(settings["calls"]).read_bytes()) == 2:
+        time.sleep(60)
+    image = rng.random((size, size))
+    return {"prior": image, "current": image, "diff": image, "params": {}}
+
+
+def test_a_source_that_crashes_is_listed_and_those_beside_it_are_completed(tmp_path):
+    """A source whose first case is made when another one's crash ends its process gets its second case."""
+    output, calls = tmp_path / "pairs", tmp_path / "calls"
+    calls.touch()
+    counts = write_cases([(name, Path(name)) for name in "abc"], output, 2, 32, 0, 2, {"calls": str(calls)},
+                         crash_when_the_other_is_at_its_second_case, make_one)
+    assert counts == {"made": 4, "kept": 0, "bad": 1} and calls.read_bytes() == b"....."
+    assert list(csv.DictReader((output / "bad_files.csv").open())) == [{"path": "b", "reason": CRASHED}]
+    cases = {path.name: len(list(path.iterdir())) for path in output.iterdir() if path.is_dir()}
+    assert cases == {"a_a_000": 4, "a_a_001": 4, "c_c_000": 4, "c_c_001": 4}
 
 
 def test_more_pairs_extend_a_folder_and_other_settings_do_not_mix(xrays, tmp_path):

@@ -6,14 +6,15 @@ import pytest
 
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.config import UserError
-from utils.runs import is_better, keep_checkpoint
+from utils.runs import is_better, keep_checkpoint, open_run, resume_position
 
 
 @pytest.mark.parametrize("mode, value, best, better", [
     ("min", 1.0, 2.0, True), ("min", 2.0, 2.0, False), ("max", 1.0, 2.0, False), ("max", 3.0, 2.0, True),
-    ("min", 5.0, None, True), ("max", math.nan, None, False), ("min", math.nan, 2.0, False)])
-def test_better_is_lower_or_higher_and_never_nan(mode, value, best, better):
-    """A metric that could not be measured, as an AUROC of one class, beats nothing."""
+    ("min", 5.0, None, True), ("min", math.nan, 2.0, False), ("max", math.nan, None, True),
+    ("max", math.nan, math.nan, True), ("max", 0.1, math.nan, True)])
+def test_better_is_lower_or_higher_and_nan_only_better_than_nothing(mode, value, best, better):
+    """An AUROC of one class is undefined: it beats no number, and the first epoch is not kept for ever."""
     assert is_better({"val/x": value}, best, "val/x", mode) is better
 
 
@@ -24,6 +25,7 @@ def test_a_metric_that_is_not_measured_is_refused_by_name():
     with pytest.raises(UserError, match='"up": use "min" or "max"'):
         is_better({"val/auroc": 0.5}, None, "val/auroc", "up")
     assert not is_better({"epoch": 2}, 0.5, "val/auroc", "max")
+    assert not is_better({"epoch": 2}, math.nan, "val/auroc", "max")
 
 
 def test_the_best_epoch_and_the_wanted_ones_stay(tmp_path):
@@ -38,3 +40,30 @@ def test_the_best_epoch_and_the_wanted_ones_stay(tmp_path):
     assert names == ["mil_epoch_1.pt", "mil_epoch_2.pt", "mil_last.pt", "mil_last.pt"]
     assert load_checkpoint(tmp_path / "mil_best.pt")["epoch"] == 2
     assert {path.name for path in tmp_path.iterdir()} == {"mil_best.pt", "mil_epoch_2.pt", "mil_last.pt"}
+
+
+def test_going_on_under_another_name_never_overwrites_that_run(tmp_path):
+    """-c PATH -n NAME branches off into a folder without a run; the run's own name goes on in its folder."""
+    path = tmp_path / "first" / "mil_last.pt"
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        save_checkpoint(tmp_path / name / "mil_last.pt", kind="mil", model_state_dict={}, step=1)
+    with pytest.raises(UserError, match="second already holds a run"):
+        open_run(tmp_path, "second", path, "mil")
+    for name, folder in (("third", "third"), ("first", "first"), (None, "first")):
+        run_dir, state = open_run(tmp_path, name, path, "mil")
+        assert run_dir == tmp_path / folder and state["step"] == 1
+
+
+@pytest.mark.parametrize("batch, num_batches, every, position", [
+    (4, 10, 2, (3, 4)),             # nothing changed
+    (4, 20, 2, (3, 8)),             # half the ranks or the batch: the same share of the epoch
+    (4, 5, 2, (3, 2)),              # twice as many
+    (4, 10, 3, (3, 3)),             # other groups: back to the start of one
+    (10, 10, 3, (3, 10)),           # only the validation is left
+    (10, 5, 2, (3, 5))])
+def test_an_epoch_goes_on_at_its_share_and_at_the_start_of_a_group(batch, num_batches, every, position):
+    """A step of a part of a group would weigh its batches less; a finished epoch trains nothing twice."""
+    checkpoint = {"epoch": 3, "batch_in_epoch": batch, "num_batches": 10, "history": [{"epoch": 2}]}
+    assert resume_position(checkpoint, num_batches, every) == position
+    assert resume_position({**checkpoint, "history": [{"epoch": 3}]}, num_batches, every) == (4, 0)

@@ -111,7 +111,7 @@ def test_lengths_are_exact_in_every_epoch(world_size, shuffle):
     iterated = 0
     for epoch in range(20):
         for sampler in samplers:
-            sampler.set_position(epoch)
+            sampler.set_epoch(epoch)
         counts = {len(list(sampler)) for sampler in samplers}
         assert counts == {len(samplers[0])}
         lengths |= counts

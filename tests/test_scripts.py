@@ -111,6 +111,14 @@ def test_a_finished_run_goes_on_for_more_epochs_and_by_new_rates(train, capsys):
     assert [row["lr"] for row in histories[0][1:]] == [row["lr"] for row in histories[1][1:]]
 
 
+def test_a_run_resumed_with_larger_batches_ends_with_its_schedule(train):
+    """Its steps are others, so the schedule goes on at the same share of the training."""
+    settings = ["SCHEDULE=cosine", "FINAL_LR=1e-6"]
+    run = train("run", *settings, "LONGITUDINAL_MIM_EPOCHS=1", "UPDATE_EVERY_BATCHES=1")
+    train("run", *settings, "LONGITUDINAL_MIM_EPOCHS=2", "UPDATE_EVERY_BATCHES=3", words=["-c", "auto"])
+    assert torch.load(run / LAST, weights_only=True)["history"][-1]["lr"] == pytest.approx(1e-6, rel=1e-3)
+
+
 def test_a_run_is_never_overwritten_and_a_finished_one_stays(train):
     """Starting again under the same name needs -c auto, which then has nothing left to do."""
     run = train("once", "LONGITUDINAL_MIM_EPOCHS=1")

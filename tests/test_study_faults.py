@@ -142,8 +142,11 @@ def test_studies_and_labels_without_a_counterpart_are_listed(train_study, tmp_pa
     ("JEPA_TEACHER_MOMENTUM=[1.0, 0.9]", "JEPA_TEACHER_MOMENTUM"),
     ("JEPA_MONITOR=val/nothing", "val/nothing"),
     ("STUDY_WINDOW_PROBABILITIES=[0.0, 0.0, 0.0]", "STUDY_WINDOW_PROBABILITIES"), ("STUDY_MAX_CROP=[0, 1, 1]",
-    "STUDY_MAX_CROP"), ("JEPA_BATCH_SIZE=0", "batch of 0"), ("STUDY_VAL_FRACTION=0.9", "STUDY_VAL_FRACTION"),
-    ("JEPA_SCHEDULE=linear", "SCHEDULE")])
+    "STUDY_MAX_CROP"), ("JEPA_BATCH_SIZE=0", "JEPA_BATCH_SIZE = 0: must be 1 at least"),
+    ("STUDY_VAL_FRACTION=0.9", "STUDY_VAL_FRACTION"),
+    ("JEPA_SCHEDULE=linear", "SCHEDULE"), ("JEPA_EPOCHS=0", "JEPA_EPOCHS = 0: must be 1 at least"),
+    ("NUM_WORKERS=-1", "NUM_WORKERS"), ("JEPA_LR=0.0", "JEPA_LR = 0.0: must be above 0"),
+    ("LOG_EVERY_BATCHES=0", "LOG_EVERY_BATCHES"), ("STUDY_VIT_DEPTH=0", "STUDY_VIT_DEPTH")])
 def test_settings_that_make_no_sense_end_in_one_line(setting, words, refused, studies, tmp_path):
     """The constant is named."""
     line = refused("train_pretrain", "--method", "jepa", "-n", "a", "--data", studies / "cache",
@@ -154,6 +157,7 @@ def test_settings_that_make_no_sense_end_in_one_line(setting, words, refused, st
 @pytest.mark.parametrize("setting, words", [
     ("MIL_POOLER=max", "MIL_POOLER"), ("MIL_ATTENTION_HEADS=7", "MIL_ATTENTION_HEADS"),
     ("MIL_LOSS=focal", "MIL_LOSS"), ("MIL_CLASS_WEIGHTS=[1.0]", "MIL_CLASS_WEIGHTS"),
+    ("MIL_BATCH_SIZE=0", "MIL_BATCH_SIZE"),
     ("STUDY_LABELS=", "STUDY_LABELS")])
 def test_senseless_settings_of_a_classifier_end_in_one_line(setting, words, refused, studies, tmp_path):
     """The constant is named."""
@@ -194,6 +198,18 @@ def test_a_damaged_file_is_skipped_and_counted_when_asked(script, damaged, tmp_p
            f"RUNS_DIR={tmp_path}", "ON_BAD_FILE=skip", f"STUDY_SPLIT_CSV={tmp_path / 'split.csv'}")
     printed = capsys.readouterr().out
     assert "Skipped 1 bad file" in printed and str(path) in printed
+
+
+def test_a_study_that_cannot_be_read_is_left_out_of_the_figures_by_name(train_study, script, damaged, capsys,
+                                                                       tmp_path):
+    """With ON_BAD_FILE="skip" another series would stand in and be judged in its name."""
+    cache, path = damaged
+    run = train_study("mil", "findings", "ON_BAD_FILE=skip")
+    script("evaluate", "--checkpoint", run / "mil_best.pt", "--data", cache, "--split", "all",
+           "--output", tmp_path / "out", "--attention", 0, "--bootstrap", 10)
+    assert f"Left out: {path}" in capsys.readouterr().out
+    with open(tmp_path / "out" / "predictions.csv") as file:
+        assert [row["study"] for row in csv.DictReader(file)] == [f"s{n}" for n in range(10) if n != 1]
 
 
 def test_a_wrong_checkpoint_is_refused(refused, train_study, studies, tmp_path):

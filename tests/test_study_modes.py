@@ -44,8 +44,9 @@ def test_a_table_gives_the_modes_it_names(tmp_path):
     ("study,mode\ns1,mri\ns2,pet\n", r'line 3: the mode "pet" is not one of mri, ct'),
     ("study,mode\ns1,mri\ns1,mri\n", "line 3: the study s1 comes a second time"),
     ("study,mode\ns4x,mri\n", "line 2: there is no study s4x"),
-    ("study,mode\ns1\n", r'line 2: the mode "None"'),
-    ("study;mode\ns1;mri\n", "needs the columns study and mode"),
+    ("study,mode\ns1\n", "line 2: 1 cells under 2 columns"),
+    ("study;mode\ns1;mri\n", "needs rows, and the columns study and mode"),
+    ("", "needs rows, and the columns study and mode"),
 ])
 def test_a_wrong_table_is_refused_by_its_line(tmp_path, rows, message):
     """A study under the wrong mode would be windowed wrongly without a word."""
@@ -91,7 +92,7 @@ def test_a_file_that_cannot_be_read_has_no_vote(source, tmp_path):
 
 def test_dicom_says_its_modality(tmp_path):
     """Whatever the values or the name, and also where the mode is given."""
-    for modality, mode in (("CT", "ct"), ("MR", "mri")):
+    for modality, mode in (("CT", "ct"), ("MR", "mri"), ("PT", "PT")):
         path = tmp_path / "ct" / f"{modality}.dcm"
         path.parent.mkdir(exist_ok=True)
         dataset = pydicom.Dataset()
@@ -107,7 +108,10 @@ def test_the_majority_decides_and_silence_is_for_mri():
     assert decide([mr, mr, ct]) == mr and decide([mr, ct, ct]) == ct and decide([ct, mr]) == ct
     assert decide([none, none, ct]) == ("mri", "guess: values 0..255")
     assert decide([(None, ""), none]) == ("mri", "guess: values 0..255")
-    assert decide([(None, "")]) == ("mri", "guess: no file can be read")
+    assert decide([(None, "")]) == ("mri", "guess: no MRI or CT can be read")
+    pet = ("PT", "DICOM Modality")
+    assert decide([pet, pet, none]) == ("mri", "guess: values 0..255") and decide([pet, pet, ct]) == ct
+    assert decide([pet])[1] == "guess: no MRI or CT can be read"
 
 
 def test_the_window_is_the_last_that_the_path_names():

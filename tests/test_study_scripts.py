@@ -109,14 +109,47 @@ def test_the_schedule_ends_with_the_training_when_batches_are_whole_studies(trai
 def test_the_backbone_is_the_pretrained_one_and_stays_it_while_frozen(train_study, capsys):
     """Teacher weights reach the classifier whole, and training moves the pooler alone."""
     backbone = train_study("jepa", "backbone", labels=False)
-    run = train_study("mil", "frozen", words=["--init", backbone / "jepa_best.pt"])
+    run = train_study("mil", "frozen", words=["--init", backbone / "jepa_best.pt", "-c", "auto"])
     assert " weights of the backbone matched, 0 not" in capsys.readouterr().out
     teacher = torch.load(backbone / "jepa_best.pt", weights_only=True)["teacher_state_dict"]
     trained = torch.load(run / "mil_last.pt", weights_only=True)["model_state_dict"]
     assert all(torch.equal(trained[f"encoder.{name}"], value) for name, value in teacher.items())
-    run = train_study("mil", "free", "MIL_FREEZE_BACKBONE=False", words=["--init", backbone / "jepa_best.pt"])
-    trained = torch.load(run / "mil_last.pt", weights_only=True)["model_state_dict"]
-    assert not all(torch.equal(trained[f"encoder.{name}"], value) for name, value in teacher.items())
+    assert "the network starts from random weights" not in capsys.readouterr().out
+    moved = []
+    for scale in (0.1, 0.5):
+        run = train_study("mil", f"free{scale}", "MIL_FREEZE_BACKBONE=False",
+                          f"MIL_BACKBONE_LR_SCALE={scale}", words=["--init", backbone / "jepa_best.pt"])
+        trained = torch.load(run / "mil_last.pt", weights_only=True)["model_state_dict"]
+        moved.append(sum((trained[f"encoder.{name}"] - value).abs().sum()
+                         for name, value in teacher.items()))
+    assert 0 < moved[0] < moved[1]
+
+
+def test_a_run_without_pretrained_weights_says_so(train_study, capsys):
+    """A frozen random backbone is a baseline, never an accident."""
+    train_study("mil", "random", words=["--fast-dev-run"])
+    assert "No --init: the network starts from random weights" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", SCRIPTS)
+def test_a_run_resumed_with_larger_batches_ends_with_its_schedule(kind, train_study):
+    """Its steps are others, so the schedule goes on at the same share of the training."""
+    settings = ["JEPA_IPE_SCALE=1.0", "JEPA_FINAL_LR=1e-6", "FINAL_LR=1e-6", f"{kind.upper()}_EPOCHS=3",
+                "SAVE_EVERY_EPOCHS=1"]
+    first = train_study(kind, "first", *settings, f"{kind.upper()}_UPDATE_EVERY_BATCHES=1")
+    second = train_study(kind, "second", *settings, f"{kind.upper()}_UPDATE_EVERY_BATCHES=3",
+                         words=["-c", first / f"{kind}_epoch_1.pt"])
+    assert [history(run, kind)[-1]["lr"] for run in (first, second)] == pytest.approx([1e-6] * 2, rel=1e-3)
+
+
+def test_heads_are_never_swapped_by_resuming_with_other_labels(train_study, studies, tmp_path):
+    """The same columns in another order would go on with another meaning."""
+    train_study("mil", "run", "MIL_EPOCHS=1")
+    rows = [line.split(",") for line in (studies / "labels.csv").read_text().splitlines()]
+    (tmp_path / "swapped.csv").write_text("\n".join(f"{a},{c},{b}" for a, b, c in rows))
+    with pytest.raises(UserError, match="the checkpoint is for ball, ct, the labels for ct, ball"):
+        train_study("mil", "run", f"STUDY_LABELS={tmp_path / 'swapped.csv'}", labels=False,
+                    words=["-c", "auto"])
 
 
 def test_weights_load_by_the_guides_prefix_and_never_in_part(train_study, tmp_path, capsys):
@@ -199,7 +232,7 @@ def test_classes_are_told_apart_with_cross_entropy(train_study, script, studies,
     assert (tmp_path / "out" / "confusion.png").exists() and not (tmp_path / "out" / "attention").exists()
 
 
-@pytest.mark.parametrize("kind, strategy", [("jepa", "fsdp"), ("mil", "ddp")])
+@pytest.mark.parametrize("kind, strategy", [("jepa", "ddp"), ("mil", "fsdp")])
 def test_two_ranks_train_and_one_process_goes_on(kind, strategy, train_study, studies, tmp_path):
     """The scripts under torchrun; the checkpoint is nobody's in particular."""
     name, option = ("train_pretrain.py", "--method") if kind == "jepa" else ("train_finetune.py", "--task")

@@ -74,7 +74,9 @@ def test_affine_is_the_sform_then_the_qform_then_the_spacing(tmp_path):
     for name, fields in (("a", {}), ("b", {"sform_code": 0, "qform_code": 1}),
                          ("c", {"sform_code": 0, "qform_code": 0})):
         path = write_nifti(tmp_path / f"{name}.nii", **fields)
-        np.testing.assert_allclose(read_nifti(path).affine, nib.load(path).affine)
+        volume = read_nifti(path)
+        np.testing.assert_allclose(volume.affine, nib.load(path).affine)
+        assert volume.notes == (["no orientation in the header, taken as LAS"] if name == "c" else [])
 
 
 def test_members_of_a_gzip_file_are_joined(tmp_path):
@@ -245,13 +247,15 @@ def test_files_that_are_no_slices_are_listed(tmp_path):
     whole = write_dicom(tmp_path / "p" / "cut", make_slice(STORED[0], (0, 0, 0))).read_bytes()
     (tmp_path / "p" / "cut").write_bytes(whole[:-20])
     write_dicom(tmp_path / "p" / "report.dcm", make_slice(STORED[0], (0, 0, 0), PixelData=None))
-    (tmp_path / "p" / "gone.dcm").symlink_to(tmp_path / "nowhere")
+    for name in ("gone.dcm", "gone.nii.gz"):
+        (tmp_path / "p" / name).symlink_to(tmp_path / "nowhere")
     sources, bad = find_sources(tmp_path)
     assert [len(source.paths) for source in sources] == [8]
     reasons = {path.name: reason for path, reason in bad}
-    assert reasons.keys() == {"shot.dcm", "cut", "report.dcm", "gone.dcm"}
+    assert reasons.keys() == {"shot.dcm", "cut", "report.dcm", "gone.dcm", "gone.nii.gz"}
     assert "colour" in reasons["shot.dcm"] and reasons["cut"].startswith("cut short: 50 bytes")
-    assert "pixel data" in reasons["report.dcm"] and "No such file" in reasons["gone.dcm"]
+    assert "pixel data" in reasons["report.dcm"]
+    assert "No such file" in reasons["gone.dcm"] and "No such file" in reasons["gone.nii.gz"]
 
 
 def test_a_folder_without_scans_is_the_users_mistake(tmp_path):

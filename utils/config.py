@@ -13,6 +13,11 @@ from pathlib import Path
 
 PACKAGES = ("torch", "torchvision", "numpy", "transformers", "kornia")       # versions kept with each run
 
+# Constants by the ends of their names: the least value that makes sense, and rates that cannot be 0.
+LEAST = {"SAVE_EVERY_EPOCHS": 0, "_EPOCHS": 1, "BATCH_SIZE": 1, "EVERY_BATCHES": 1, "NUM_WORKERS": 0,
+         "SEED": 0, "KEEP_TOP_K": 0, "SAMPLES_PER_EPOCH": 0, "PROBE_EVERY": 0, "_DEPTH": 1}
+PEAK_RATES = ("MAX_LR", "JEPA_LR", "MIL_LR", "GAN_LR")
+
 
 class UserError(Exception):
     """A mistake of the user's: one line that says what is wrong, where, and what to do."""
@@ -86,9 +91,9 @@ def apply_preset(module, name):
 
 
 def apply_overrides(module, pairs):
-    """Set ``NAME=VALUE`` strings on ``module``.
+    """Set ``NAME=VALUE`` strings on ``module``, and check all numbers of which only some make sense.
 
-    UserError: an unknown name (the closest is offered), or a value of another type.
+    UserError: an unknown name (the closest is offered), a value of another type, or one below LEAST.
     """
     for pair in pairs:
         name, separator, text = pair.partition("=")
@@ -99,6 +104,12 @@ def apply_overrides(module, pairs):
         except (SyntaxError, ValueError):
             value = text
         set_constant(module, name, value, f"--set {pair}")
+    for name, value in hyperparameters(module).items():
+        least = next((least for end, least in LEAST.items() if name.endswith(end)), None)
+        if least is not None and value < least:
+            raise UserError(f"{name} = {value}: must be {least} at least")
+        if name.endswith(PEAK_RATES) and value <= 0:
+            raise UserError(f"{name} = {value}: must be above 0")
 
 
 def restore_constants(module, values):

@@ -15,7 +15,7 @@ def open_run(runs_dir, name, checkpoint, kind):
     name: word under ``runs_dir``; None takes the folder of the checkpoint, or ``<kind>_<time>``.
     checkpoint: None starts a run, a path resumes that file, "auto" resumes the newest sound file of the run,
     and starts when it has none.
-    UserError: a run of that name exists and is not resumed; "auto" without a name.
+    UserError: a run of that name exists and is not the one resumed; "auto" without a name.
     """
     runs_dir = Path(runs_dir)
     if name is not None and Path(name).name != name:
@@ -34,12 +34,13 @@ def open_run(runs_dir, name, checkpoint, kind):
     elif checkpoint is not None:
         state = load_checkpoint(checkpoint, kind)
         run_dir = runs_dir / name if name is not None else Path(checkpoint).parent
+        if run_dir.resolve() != Path(checkpoint).resolve().parent:
+            refuse_other_run(run_dir, kind)
         if is_main():
             print(f"Resuming from {checkpoint}")
     else:
         run_dir = runs_dir / broadcast_word(name or f"{kind}_{time.strftime('%Y%m%d_%H%M%S')}")
-        if is_main() and any(run_dir.glob(f"{kind}_*.pt")):
-            raise UserError(f"{run_dir} already holds a run; resume it with -c auto, or choose another -n")
+        refuse_other_run(run_dir, kind)
         state = None
     try:
         (run_dir / "samples").mkdir(parents=True, exist_ok=True)
@@ -48,32 +49,43 @@ def open_run(runs_dir, name, checkpoint, kind):
     return run_dir, state
 
 
+def refuse_other_run(run_dir, kind):
+    """UserError, from the main process, when the folder holds checkpoints that a run would overwrite."""
+    if is_main() and any(run_dir.glob(f"{kind}_*.pt")):
+        raise UserError(f"{run_dir} already holds a run; resume it with -c auto, or choose another -n")
+
+
 def resume_position(checkpoint, num_batches, every):
     """(epoch, batch) to go on from; an epoch counts as done when its validation stands in the history.
 
-    num_batches: micro-batches of an epoch now; with another batch or world size than the checkpoint's, the
-    run goes on at the same share of the epoch, at the start of a group of ``every`` micro-batches.
+    num_batches: micro-batches of that epoch now; with another batch or world size than the checkpoint's, the
+    run goes on at the same share of the epoch, at the start of a group of ``every`` micro-batches.  Of an
+    epoch whose batches are all done only the validation is left.
     """
     epoch, batch, history = checkpoint["epoch"], checkpoint["batch_in_epoch"], checkpoint["history"]
     if history and history[-1]["epoch"] == epoch:
         return epoch + 1, 0
-    if num_batches == checkpoint["num_batches"]:
-        return epoch, batch
+    if batch == checkpoint["num_batches"]:
+        return epoch, num_batches
     batch = batch * num_batches // checkpoint["num_batches"]
     return epoch, batch - batch % every
 
 
 def is_better(row, best, metric, mode):
-    """Whether ``row[metric]`` beats ``best`` (None at first); NaN never does.
+    """Whether ``row[metric]`` beats ``best`` (None at first); NaN beats None and NaN alone.
 
-    mode: "min" | "max".  UserError: another word, or a metric that the run does not measure.
+    So of epochs whose metric is undefined, as an AUROC of one class, the newest counts until one has a
+    number.  mode: "min" | "max".  UserError: another word, or a metric that the run does not measure.
     """
     if mode not in ("min", "max"):
         raise UserError(f'the mode of the monitored {metric} is "{mode}": use "min" or "max"')
     if metric not in row and best is None:
         raise UserError(f"the monitored {metric} is not measured; there are {', '.join(row)}")
-    value = row.get(metric, math.nan)
-    return not math.isnan(value) and (best is None or (value > best if mode == "max" else value < best))
+    if metric not in row:                                              # a probe, which some epochs leave out
+        return False
+    if best is None or math.isnan(best):
+        return True
+    return row[metric] > best if mode == "max" else row[metric] < best
 
 
 def keep_checkpoint(run_dir, kind, history, better, keep_top, every, metric="val/loss", mode="min"):
@@ -95,4 +107,4 @@ def check_finite(loss, terms, step, cases):
     if not math.isfinite(loss.item()):
         values = ", ".join(f"{name}={term.item():.3g}" for name, term in terms.items())
         raise UserError(f"non-finite loss at step {step} ({values}) in cases {', '.join(cases)}; "
-                        "lower MAX_LR, or use PRECISION=fp32")
+                        "lower the learning rate, or use PRECISION=fp32")

@@ -18,10 +18,10 @@ def study_features(encoder, loader, device, precision="fp32"):
     """
     features = {}
     for batch in loader:
-        batch = to_device(batch, device)
+        batch = to_device(batch, device, ("cu_seqlens", "study_cu_seqlens"))      # a GPU waits for none
         with autocast(device, precision):
             tokens = encoder(batch["tokens"], batch["coords"], batch["cu_seqlens"])             # [T, E]
-        parts = tokens.float().cpu().tensor_split(batch["study_cu_seqlens"][1:-1].cpu().long())
+        parts = tokens.float().cpu().tensor_split(batch["study_cu_seqlens"][1:-1].long())
         features.update((study, part.mean(0)) for study, part in zip(batch["study"], parts, strict=True))
     shares = [features] * world_size()
     if world_size() > 1:
