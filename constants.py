@@ -252,7 +252,7 @@ MIL_BALANCE = True               # weights from the counts in training (bce, ce)
 
 # A preset is chosen with -p NAME; it overrides the values above.
 PRESETS = {
-    "brain_tiny": {              # 40 minutes of pretraining on 110 studies on two CPU cores
+    "brain_tiny": {              # 40 minutes of pretraining on 98 studies on two CPU cores
         "STUDY_VIT": "tiny", "JEPA_LR": 3e-4, "JEPA_START_LR": 5e-5, "JEPA_TEACHER_MOMENTUM": [0.998, 1.0],
         "JEPA_PREDICTOR_DIM": 192, "JEPA_PREDICTOR_HEADS": 6, "MIL_EPOCHS": 20, "MIL_LR": 1e-3,
         "MIL_ATTENTION_DIM": 128, "MIL_MLP_DIMS": [128],

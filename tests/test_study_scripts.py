@@ -99,6 +99,14 @@ def test_a_run_stopped_inside_an_epoch_ends_as_one_never_stopped(kind, train_stu
     assert states_differ(whole / f"{kind}_last.pt", run / f"{kind}_last.pt") == []
 
 
+def test_a_finding_that_can_be_seen_is_learnt(train_study):
+    """Labels, studies and logits stay together on their way: the scanner is told from the images alone."""
+    run = train_study("mil", "learnt", "MIL_EPOCHS=20", "MIL_LR=1e-2", "MIL_FREEZE_BACKBONE=False",
+                      "MIL_UPDATE_EVERY_BATCHES=1", "USE_EMA=False", "STUDY_TEST_FRACTION=0.0")
+    last = history(run, "mil")[-1]
+    assert last["val/auroc"] == 1.0 and last["train/loss"] < 0.7 * history(run, "mil")[0]["train/loss"]
+
+
 def test_the_schedule_ends_with_the_training_when_batches_are_whole_studies(train_study):
     """The original counted images: its schedule and its teacher's momentum ended elsewhere."""
     run = train_study("jepa", "whole", "JEPA_STUDY_SAMPLER=True", "JEPA_EPOCHS=3", "JEPA_IPE_SCALE=1.0",
