@@ -15,12 +15,11 @@ from scipy import ndimage
 from datasets.intensity import CT_WINDOWS, ct_background, ct_to_uint8, mri_background, mri_to_uint8, to_uint8
 from datasets.study_modes import AIR, window_in
 from datasets.tokens import TOKEN, token_background
-from datasets.volumes import upright
+from datasets.volumes import check_image, upright
 from utils.config import BadFile
 
 VIEWS = ("sagittal", "coronal", "axial")             # across the axes right, posterior, inferior
 LOWEST_HU = -1024                                    # air; below it lies only what scanners pad with
-LABELS = 32                                          # so many whole numbers, or fewer, are no image
 
 
 @dataclass
@@ -66,18 +65,6 @@ def preprocess(path, volume, mode, settings):
     if token_background(torch.from_numpy(background)).all():
         raise BadFile(f"{path}: background in every token of {'x'.join(map(str, TOKEN))} voxels")
     return grid, images, background
-
-
-def check_image(path, data):
-    """Raise BadFile when an array is constant or a label map: at most LABELS values, all whole numbers."""
-    flat = data.ravel(order="K")
-    values = np.unique(flat[::1 + flat.size // 100_000])          # enough to know most images by
-    if len(values) <= LABELS:
-        values = np.unique(flat)
-    if len(values) == 1:
-        raise BadFile(f"{path}: constant (every voxel is {values[0]:g})")
-    if len(values) <= LABELS and (values == np.rint(values)).all():
-        raise BadFile(f"{path}: a label map ({len(values)} values), not an image")
 
 
 def to_grid(path, volume, spacing, lowest=None):

@@ -6,7 +6,7 @@ import numpy as np
 import pydicom
 
 from datasets.splits import read_table
-from datasets.volumes import read_volume
+from datasets.volumes import check_image, read_volume
 from utils.config import BadFile, UserError, closest
 
 STUDY_MODES = ("mri", "ct")
@@ -44,7 +44,7 @@ def vote_of(source, raw, look):
     """(mode or None, why) of one Source: DICOM Modality, a CT's name, or values that look like HU.
 
     Of another modality DICOM's own word is the mode ("PT"): such a series belongs into no study.
-    look False: the values are not looked at.  A file that cannot be read has no opinion.
+    look False: the values are not looked at.  A file that is no image, or cannot be read, says nothing ("").
     """
     path = source.paths[0]
     if source.kind == "dicom":
@@ -59,6 +59,7 @@ def vote_of(source, raw, look):
         return "ct", "guess: name"
     try:
         data = read_volume(source).data
+        check_image(path, data)
     except BadFile:
         return None, ""
     return ("ct" if looks_like_hu(data) else None), f"guess: values {data.min():g}..{data.max():g}"
@@ -79,11 +80,10 @@ def looks_like_hu(data):
 def decide(votes):
     """(mode, why) of a study from the votes of its series; the majority, and CT when equally many.
 
-    A series without opinion counts as MRI: a CT is told by its values, an MRI by nothing.  Other modalities
-    do not count.
+    Values that do not look like a CT count as MRI.  Other modalities and files that say nothing do not count.
     """
-    count = {mode: sum((word or "mri") == mode for word, _ in votes) for mode in STUDY_MODES}
-    mode = "ct" if count["ct"] >= count["mri"] else "mri"
+    count = {mode: sum((word or "mri") == mode for word, why in votes if why) for mode in STUDY_MODES}
+    mode = "ct" if count["ct"] >= max(1, count["mri"]) else "mri"
     reasons = ([why for word, why in votes if word == mode]
                or [why for word, why in votes if word is None and why])
     return mode, reasons[0] if reasons else "guess: no MRI or CT can be read"

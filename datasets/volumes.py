@@ -19,6 +19,8 @@ NIFTI_SUFFIXES = (".nii", ".nii.gz")
 WINDOW_WORDS = ("brain", "blood", "bone")
 MAX_NAME = 120                                       # characters; file systems take 255 with what is added
 SPACINGS = (0.01, 100.0)                             # mm, of any scanner
+LABELS = 32                                          # so many whole numbers, or fewer, are a label map
+EQUAL = 0.6                                          # or a larger share of voxels like their neighbour
 MAX_SHEAR = 0.2                                      # degrees, below which axes count as perpendicular
 
 
@@ -211,3 +213,23 @@ def upright(volume):
     affine = np.eye(4)
     affine[:3] = np.column_stack([grid, volume.affine[:3, 3] + grid @ low])
     return Volume(data, affine, volume.modality, [*volume.notes, f"gantry tilt {shear:.1f} degrees"])
+
+
+def check_image(path, data):
+    """Raise BadFile when an array [x, y, z] is constant, or a label map instead of an image.
+
+    Label maps hold whole numbers: LABELS of them at most, or more of which most voxels equal their neighbour
+    (segmentations of the whole brain), which even smooth images do not.
+    """
+    flat = data.ravel(order="K")
+    values = np.unique(flat[::1 + flat.size // 100_000])          # enough to know most images by
+    if len(values) <= LABELS:
+        values = np.unique(flat)
+    if len(values) == 1:
+        raise BadFile(f"{path}: constant (every voxel is {values[0]:g})")
+    if (values != np.rint(values)).any():
+        return
+    inside = (data[1:] > values[0]) & (data[1:] < values[-1])     # not the background, nor what is clipped
+    equal = np.mean((data[1:] == data[:-1])[inside]) if inside.any() else 0.0
+    if len(values) <= LABELS or equal > EQUAL:
+        raise BadFile(f"{path}: a label map ({len(values)} values), not an image")

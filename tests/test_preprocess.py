@@ -157,6 +157,11 @@ def test_label_maps_and_constants_are_no_images():
             check_image("x", data)
     with pytest.raises(BadFile, match="^x: constant"):
         check_image("x", np.full((8, 8, 8), 3.5))
+    regions = np.arange(1, 65).reshape(4, 4, 4).repeat(8, 0).repeat(8, 1).repeat(8, 2)      # as FreeSurfer's
+    with pytest.raises(BadFile, match=r"a label map \(64 values\)"):
+        check_image("x", regions)
+    smooth = np.indices((40, 40, 40)).sum(0)                         # of an image, even a smooth one
+    check_image("x", smooth)
     check_image("x", labels * 0.5)
     check_image("x", RNG.integers(0, 33, (30, 30, 30)))
     hidden = np.zeros((80, 80, 80), np.int16)

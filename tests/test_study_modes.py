@@ -102,6 +102,14 @@ def test_dicom_says_its_modality(tmp_path):
             assert vote_of(Source("ct", "x", "dicom", (path,)), tmp_path, look) == (mode, "DICOM Modality")
 
 
+def test_segmentations_beside_a_ct_do_not_make_it_an_mri():
+    """Label maps and files that cannot be read say nothing; a study of nothing else is not taken for CT."""
+    silent = [(None, "")] * 3
+    assert decide([*silent, ("ct", "guess: values -1000..2000")])[0] == "ct"
+    assert decide([*silent, (None, "guess: values 0..255")])[0] == "mri"
+    assert decide(silent)[0] == "mri"
+
+
 def test_the_majority_decides_and_silence_is_for_mri():
     """The reason written down is one of the majority's."""
     mr, ct, none = ("mri", "DICOM Modality"), ("ct", "guess: name"), (None, "guess: values 0..255")
