@@ -262,8 +262,7 @@ PRESETS = {
         "JEPA_EPOCHS": 20, "JEPA_BATCH_SIZE": 4, "JEPA_TEACHER_MOMENTUM": [0.99, 1.0],
         "JEPA_PREDICTOR_DIM": 128, "JEPA_PREDICTOR_DEPTH": 2, "JEPA_PREDICTOR_HEADS": 4,
         "MIL_EPOCHS": 20, "MIL_ATTENTION_DIM": 64, "MIL_MLP_DIMS": [64], "MIL_LR": 1e-3, "EMA_DECAY": 0.9,
-        "STUDY_VAL_FRACTION": 0.25, "STUDY_TEST_FRACTION": 0.25, "MIL_MONITOR": "val/loss",
-        "MIL_MONITOR_MODE": "min"},
+        "MIL_MONITOR": "val/loss", "MIL_MONITOR_MODE": "min"},
     "demo": {                    # the smallest useful run: minutes on two CPU cores
         "EFFICIENTNET": "b0", "VIT": "tiny", "IMG_SIZE": 128, "MASK_PATCH_SIZE": 32, "BATCH_SIZE": 8,
         "UPDATE_EVERY_BATCHES": 1, "LONGITUDINAL_MIM_EPOCHS": 8, "MAX_LR": 1e-3, "MASK_PROB_HIGH": 0.2,

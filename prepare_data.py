@@ -134,14 +134,19 @@ def make_study_demo():
 
 
 def study_paths(data):
-    """(cache, CSV of labels or ""): of --data, or of the demonstration studies, which rank 0 makes."""
+    """(cache, CSV of labels or ""): of --data, or of the demonstration studies, which rank 0 makes.
+
+    These have labels and splits of their own, which count unless the constants name others.
+    """
     if data is not None:
         return Path(data), C.STUDY_LABELS
     if is_main():
         make_study_demo()
     barrier()
     demo = Path(C.DEMO_DIR) / "studies"
-    return demo / "cache", C.STUDY_LABELS or demo / "labels.csv"
+    C.STUDY_LABELS = C.STUDY_LABELS or str(demo / "labels.csv")
+    C.STUDY_SPLIT_CSV = C.STUDY_SPLIT_CSV or str(demo / "split.csv")
+    return demo / "cache", C.STUDY_LABELS
 
 
 def make_demo(args):

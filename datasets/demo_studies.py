@@ -30,7 +30,7 @@ TIMES = {"t1": (500, 10, 0), "t2": (4500, 95, 0), "flair": (9000, 110, 2500)}   
 
 
 def write_demo_studies(output, studies=12, seed=0, workers=0, size=None):
-    """Write ``output``/raw/<study>/, labels.csv (study_id and FINDINGS), modes.csv (study, mode) -> raw.
+    """Write ``output``/raw/<study>/, labels.csv (study_id and FINDINGS), modes.csv, split.csv -> raw.
 
     Two thirds of the studies are MRI with two series, one third is CT; NIfTI and DICOM, see MRI_FORMS and
     CT_FORMS.  size: pixels per side of a slice; None: drawn from 96 to 128.  A study depends on (seed, its
@@ -48,6 +48,7 @@ def write_demo_studies(output, studies=12, seed=0, workers=0, size=None):
     write_csv(output / "labels.csv", ("study_id", *FINDINGS),
               [(name, *row) for name, row in zip(names, labels.tolist(), strict=True)])
     write_csv(output / "modes.csv", ("study", "mode"), zip(names, modes, strict=True))
+    write_csv(output / "split.csv", ("study", "split"), zip(names, plan_splits(labels), strict=True))
     jobs = [(output / "raw" / name, number, modes[number], modes[:number].count(modes[number]),
              [finding for finding, has in zip(FINDINGS, labels[number], strict=True) if has], size, seed)
             for number, name in enumerate(names)]
@@ -73,6 +74,24 @@ def plan_studies(studies, seed):
         has = np.diff(np.floor(SHARE * np.arange(studies + 1) + rng.random()))
         labels[np.array(order, int), column] = has
     return modes, labels
+
+
+def plan_splits(labels):
+    """"train" | "val" | "test" for each study: the first half, a sixth, a third.
+
+    Of the places that validation may have in the second half, the first with which the test studies of the
+    most labels have both classes.
+    """
+    count = len(labels)
+    late, size = range(count // 2, count), max(1, count // 6)
+
+    def told_apart(start):
+        test = [n for n in late if not start <= n < start + size]
+        return sum(0 < labels[test, column].sum() < len(test) for column in range(labels.shape[1]))
+
+    start = max(late[:len(late) - size + 1], key=told_apart)
+    val = range(start, start + size)
+    return ["train" if n not in late else "val" if n in val else "test" for n in range(count)]
 
 
 def write_csv(path, header, rows):

@@ -11,7 +11,14 @@ import pydicom
 import pytest
 
 from datasets import demo_studies
-from datasets.demo_studies import CT_FORMS, draw_grid, plan_studies, write_demo_studies, write_nifti
+from datasets.demo_studies import (
+    CT_FORMS,
+    draw_grid,
+    plan_splits,
+    plan_studies,
+    write_demo_studies,
+    write_nifti,
+)
 from datasets.head_findings import FINDINGS
 from utils.config import UserError
 
@@ -244,3 +251,13 @@ def test_what_is_made_before_changes_nothing(demo, tmp_path, monkeypatch):
     made, before = contents(raw), contents(demo[1])
     assert len({name.split("/")[0] for name in made}) == 4
     assert made == {name: before[name] for name in made}
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_test_studies_of_a_dozen_tell_each_finding_apart(seed):
+    """Otherwise the demo's figures would all be undefined."""
+    _, labels = plan_studies(12, seed)
+    splits = plan_splits(labels)
+    assert [splits.count(name) for name in ("train", "val", "test")] == [6, 2, 4]
+    test = labels[[split == "test" for split in splits]]
+    assert (test.min(0) == 0).all() and (test.max(0) == 1).all()

@@ -161,6 +161,8 @@ def test_demo_studies_come_with_labels_and_their_cache(run, tmp_path, capsys):
     studies = read_cache(folder / "cache")
     assert [study.mode for study in studies] == ["mri", "mri", "ct"]
     assert len((folder / "labels.csv").read_text().splitlines()) == 4
+    assert [line.split(",")[1] for line in (folder / "split.csv").read_text().splitlines()[1:]] == [
+        "train", "val", "test"]
     assert not (tmp_path / "longitudinal").exists()
     written = {path: path.stat().st_mtime_ns for path in folder.rglob("*.pt")}
     run(*words)
