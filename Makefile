@@ -1,5 +1,5 @@
 # make demo   trains the chest X-ray model on small demo data and shows what changed: about 5 minutes on 2 cores
-# make demo-brain   the same for brain studies: pretrains, classifies, judges; about N minutes
+# make demo-brain   the same for brain studies: pretrains, classifies, judges; about 3 minutes
 # make test   every test
 # Each makes .venv first when it is missing.
 

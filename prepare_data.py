@@ -13,10 +13,11 @@ Interrupt and start again as you like: what is whole is kept, the rest is made.
 """
 
 import argparse
+import json
 from pathlib import Path
 
 import constants as C
-from datasets.cache import write_cache
+from datasets.cache import INDEX, write_cache
 from datasets.demo import write_longitudinal_demo
 from datasets.demo_studies import write_demo_studies
 from datasets.drr import write_ct_pairs
@@ -129,7 +130,10 @@ def make_study_demo():
     """Write the demonstration studies below DEMO_DIR and cache them, unless there; returns the cache."""
     folder = Path(C.DEMO_DIR) / "studies"
     write_demo_studies(folder, C.DEMO_STUDIES, C.SEED, C.NUM_WORKERS)
-    write_cache(folder / "raw", folder / "cache", folder / "modes.csv", C.NUM_WORKERS, cache_settings())
+    index, wanted = folder / "cache" / INDEX, {"num_studies": C.DEMO_STUDIES, "settings": cache_settings()}
+    found = json.loads(index.read_text()) if index.is_file() else {}
+    if any(found.get(key) != value for key, value in wanted.items()):
+        write_cache(folder / "raw", folder / "cache", folder / "modes.csv", C.NUM_WORKERS, cache_settings())
     return folder / "cache"
 
 
