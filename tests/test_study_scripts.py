@@ -194,12 +194,13 @@ OPTIONS = {
              "STUDY_WINDOW_PROBABILITIES=[0.0, 0.0, 1.0]", "STUDY_POSITION=add", "STUDY_DROPOUT=0.3",
              "STUDY_DROP_PATH=0.3", "STUDY_VIT_MLP_RATIO=2.0", "JEPA_DROP_RATE=0.5", "JEPA_ASPECT=[1.0, 1.0]",
              "JEPA_TARGET_SHARE={'mri': 0.5, 'ct': 0.5}", "JEPA_CONTEXT_CEILING={'mri': 0.1, 'ct': 0.1}",
-             "JEPA_CONTEXT_RANGE=[0.1, 0.15]", "GRAD_CLIP_NORM=0.01"],
+             "JEPA_CONTEXT_RANGE=[0.1, 0.15]", "GRAD_CLIP_NORM=0.01", "NUM_CYCLES=1.0", "JEPA_FINAL_LR=2e-4"],
     "mil": ["PRECISION=bf16", "MIL_SCHEDULE=step", "SEED=1", "MIL_LR=1e-4", "MIL_WEIGHT_DECAY=0.0",
             "MIL_FREEZE_BACKBONE=False", "MIL_RANDOM_CROP=True", "MIL_PATCH_DROP=0.5", "MIL_USE_NORM=True",
             "MIL_POOLER=aggregate_then_classify", "MIL_POOLER=average", "MIL_ATTENTION_DIM=8",
             "MIL_MLP_DIMS=[]", "MIL_BALANCE=False", "MIL_CLASS_WEIGHTS=[1.0, 5.0]", "MIL_LOSS=mse",
-            "MIL_LOSS=rmse", "MIL_LOSS=mae", "USE_EMA=False", "WARMUP_STEPS=0.5"]}
+            "MIL_LOSS=rmse", "MIL_LOSS=mae", "USE_EMA=False", "WARMUP_STEPS=0.5", "START_LR=1e-4",
+            "FINAL_LR=1e-4", "IPE_SCALE=3.0"]}
 
 
 @pytest.mark.parametrize("kind", SCRIPTS)
