@@ -88,6 +88,7 @@ def build_mil(args, init):
         raise config.UserError("STUDY_LABELS: name a CSV of the studies' labels, --set STUDY_LABELS=FILE")
     studies, labels = labelled_studies(data, labels_csv)
     splits = split_studies(studies, C.STUDY_VAL_FRACTION, C.STUDY_TEST_FRACTION, C.STUDY_SPLIT_CSV or None)
+    check_monitor(labels.names)
     weight = class_weights(labels, splits["train"])
     if args.fast_dev_run:
         splits = {name: part[:distributed.world_size()] for name, part in splits.items()}
@@ -120,6 +121,16 @@ def build_mil(args, init):
         schedule={"name": C.MIL_SCHEDULE, "warmup": C.WARMUP_STEPS, "ipe_scale": C.IPE_SCALE,
                   "start_lr": C.START_LR, "final_lr": C.FINAL_LR},
         monitor=(C.MIL_MONITOR, C.MIL_MONITOR_MODE))
+
+
+def check_monitor(names):
+    """Raise UserError now, not after an epoch, when MIL_MONITOR is not measured with MIL_LOSS."""
+    metrics = StudyMetrics(C.MIL_LOSS, names)
+    metrics.update(torch.zeros(1, len(names)), torch.zeros(1, 1 if C.MIL_LOSS == "ce" else len(names)))
+    measured = ["epoch", "train/loss", "val/loss", *(f"val/{name}" for name in metrics.compute())]
+    if C.MIL_MONITOR not in measured:
+        raise config.UserError(f"MIL_MONITOR = {C.MIL_MONITOR}: not measured with MIL_LOSS = {C.MIL_LOSS}; "
+                               f"there are {', '.join(measured)}")
 
 
 def class_weights(labels, studies):

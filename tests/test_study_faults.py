@@ -158,7 +158,8 @@ def test_settings_that_make_no_sense_end_in_one_line(setting, words, refused, st
     ("MIL_POOLER=max", "MIL_POOLER"), ("MIL_ATTENTION_HEADS=7", "MIL_ATTENTION_HEADS"),
     ("MIL_LOSS=focal", "MIL_LOSS"), ("MIL_CLASS_WEIGHTS=[1.0]", "MIL_CLASS_WEIGHTS"),
     ("MIL_BATCH_SIZE=0", "MIL_BATCH_SIZE"),
-    ("STUDY_LABELS=", "STUDY_LABELS")])
+    ("STUDY_LABELS=", "STUDY_LABELS"), ("MIL_MONITOR=val/auc", "MIL_MONITOR = val/auc: not measured"),
+    ("MIL_LOSS=rmse", "MIL_MONITOR = val/auroc: not measured with MIL_LOSS = rmse")])
 def test_senseless_settings_of_a_classifier_end_in_one_line(setting, words, refused, studies, tmp_path):
     """The constant is named."""
     line = refused("train_finetune", "--task", "mil", "-n", "a", "--data", studies / "cache",
