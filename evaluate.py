@@ -16,7 +16,6 @@ import re
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
 import constants as C
@@ -31,7 +30,7 @@ from utils.checkpoint import load_checkpoint
 from utils.classification import bootstrap, confusion_figure, roc_figure, table
 from utils.config import UserError, restore_constants, run_script
 from utils.device import autocast, to_device
-from utils.distributed import cleanup, is_main, rank, setup_distributed, world_size
+from utils.distributed import cleanup, gather, is_main, rank, setup_distributed, world_size
 from utils.states import load_model_state
 
 
@@ -83,7 +82,8 @@ def write_attention(folder, dataset, batch, attention, names):
     attention = attention.cpu() * len(attention)
     heads = [f"_{re.sub(r'[^A-Za-z0-9.-]', '-', name)}" for name in names]
     heads = heads if attention.shape[1] > 1 else [""]
-    images = {f"{series.study}/{series.name}": (series, modes) for series, modes in reversed(dataset.entries)}
+    entries = [dataset.entries[index] for index in reversed(dataset.members[batch["study"][0]])]
+    images = {f"{series.study}/{series.name}": (series, modes) for series, modes in entries}
     ends = batch["cu_seqlens"][1:-1].cpu().long()
     coords, shares = (values.cpu().tensor_split(ends) for values in (batch["coords"], attention))
     for name in dict.fromkeys(batch["series"]):
@@ -176,10 +176,7 @@ def main():
     restore_constants(C, checkpoint["constants"])
     args.output.mkdir(parents=True, exist_ok=True)
     word, names, results = TASKS[checkpoint["kind"]](args, checkpoint, device)
-    if world_size() > 1:
-        parts = [None] * world_size()
-        dist.all_gather_object(parts, results)
-        results = {study: result for part in parts for study, result in part.items()}
+    results = {study: result for part in gather(results) for study, result in part.items()}
     if not results:
         raise UserError(f"--split {args.split}: none of its studies can be read")
     if is_main():

@@ -18,7 +18,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
 import constants as C
@@ -29,7 +28,7 @@ from longitudinal_MIM_training import KIND, build_model
 from utils.checkpoint import load_checkpoint
 from utils.config import BadFile, UserError, restore_constants, run_script
 from utils.device import autocast
-from utils.distributed import cleanup, is_main, rank, setup_distributed, world_size
+from utils.distributed import cleanup, gather, is_main, rank, setup_distributed, world_size
 from utils.metrics import DESCRIPTIONS, ChangeMetrics, least_area, list_changes, table
 from utils.overlay import save_overlay
 from utils.registration import align, best_baseline
@@ -188,10 +187,8 @@ def main():
     metrics = ChangeMetrics(args.threshold, args.min_area)
     results = run_cases(model, cases[rank()::world_size()], device, metrics, args)
     metrics.reduce()
-    if world_size() > 1:
-        parts = [None] * world_size()
-        dist.all_gather_object(parts, results)
-        results = {key: sum((part[key] for part in parts), []) for key in results}
+    parts = gather(results)
+    results = {key: sum((part[key] for part in parts), []) for key in results}
     if is_main():
         report(results, metrics, args)
     cleanup()

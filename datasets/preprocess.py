@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from scipy import ndimage
 
+from datasets.dicom import LOWEST_HU
 from datasets.intensity import CT_WINDOWS, ct_background, ct_to_uint8, mri_background, mri_to_uint8, to_uint8
 from datasets.study_modes import AIR, window_in
 from datasets.tokens import TOKEN, token_background
@@ -19,7 +20,6 @@ from datasets.volumes import check_image, upright
 from utils.config import BadFile
 
 VIEWS = ("sagittal", "coronal", "axial")             # across the axes right, posterior, inferior
-LOWEST_HU = -1024                                    # air; below it lies only what scanners pad with
 
 
 @dataclass

@@ -8,7 +8,7 @@ from nibabel.processing import resample_from_to
 from PIL import Image, ImageDraw, ImageFont
 
 from datasets.tokens import TOKEN, untokenize
-from utils.overlay import CAPTION_HEIGHT, GAP, grey, panel_factor, row, zoom
+from utils.overlay import CAPTION_HEIGHT, grey, panel_factor, row, stack, zoom
 
 STRONGEST = 0.6                 # opacity of the token with the most attention
 COLUMNS = 4                     # panels side by side
@@ -69,9 +69,8 @@ def attention_sheet(path, volume, attention, count, title):
     panels = [heat(volume[middles[i]], attention[middles[i]] / peak) for i in shown]
     captions = [f"slice {middles[i] + 1} of {len(volume)}: {shares[i]:.1%}" for i in shown]
     strips = [row(panels[i:i + COLUMNS], captions[i:i + COLUMNS]) for i in range(0, len(panels), COLUMNS)]
-    width = max(strip.shape[1] for strip in strips)
-    strips = [np.pad(strip, ((0, GAP), (0, width - strip.shape[1]), (0, 0))) for strip in strips]
-    Image.fromarray(np.concatenate([heading(title, width), *strips])).save(path)
+    sheet = stack(strips)
+    Image.fromarray(np.concatenate([heading(title, sheet.shape[1]), sheet])).save(path)
 
 
 def heat(image, strength):

@@ -179,12 +179,17 @@ def all_reduce_mean(tensor):
     return all_reduce_sum(tensor) / world_size()
 
 
+def gather(value):
+    """Collective: every rank's ``value``, any object that can be pickled, as a list, rank 0's first."""
+    values = [value] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
 def gather_rows(tensor):
     """Collective: the rows of every rank's ``tensor``, rank 0's first, on the CPU; lengths may differ."""
-    parts = [tensor.detach().cpu()] * world_size()
-    if world_size() > 1:
-        dist.all_gather_object(parts, parts[0])
-    return torch.cat(parts)
+    return torch.cat(gather(tensor.detach().cpu()))
 
 
 def any_rank(flags):

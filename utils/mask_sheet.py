@@ -5,7 +5,7 @@ import numpy as np
 from PIL import Image
 
 from datasets.tokens import TOKEN
-from utils.overlay import GAP, row
+from utils.overlay import row, stack
 
 CAPTIONS = ("series", "seen by the student", "predicted: dark well, bright badly")
 
@@ -19,9 +19,7 @@ def mask_sheet(path, rows):
     """
     strips = [row(panels(**{key: np.asarray(value) for key, value in each.items()}),
                   CAPTIONS if not number else None) for number, each in enumerate(rows)]
-    width = max(strip.shape[1] for strip in strips)
-    strips = [np.pad(strip, ((0, GAP), (0, width - strip.shape[1]), (0, 0))) for strip in strips]
-    Image.fromarray(np.concatenate(strips)).save(path)
+    Image.fromarray(stack(strips)).save(path)
 
 
 def mask_rows(batch, error):

@@ -48,9 +48,7 @@ def sample_sheet(path, rows, threshold=0.05):
     for prior, current, target, pred in rows:
         maps = [tint(current, target, threshold), tint(current, pred, threshold)]
         strips.append(row([grey(prior), grey(current), *maps], captions if not strips else None))
-    width = max(strip.shape[1] for strip in strips)
-    strips = [np.pad(strip, ((0, GAP), (0, width - strip.shape[1]), (0, 0))) for strip in strips]
-    Image.fromarray(np.concatenate(strips)).save(path)
+    Image.fromarray(stack(strips)).save(path)
 
 
 def plain(image):
@@ -87,6 +85,13 @@ def zoom(picture, factor):
     """uint8 [H, W, 3] resized by a factor."""
     size = [max(1, round(factor * n)) for n in picture.shape[1::-1]]
     return np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.BICUBIC))
+
+
+def stack(strips):
+    """Strips uint8 [H, W, 3] of any width one below the other, black beside and between them."""
+    width = max(strip.shape[1] for strip in strips)
+    padded = [np.pad(strip, ((0, GAP), (0, width - strip.shape[1]), (0, 0))) for strip in strips]
+    return np.concatenate(padded)
 
 
 def row(panels, captions=None):

@@ -1,20 +1,16 @@
 """States of a run that fit every strategy: what one process or sharding wrote, any other can load."""
 
 import torch
-import torch.distributed as dist
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from utils.config import UserError
-from utils.distributed import rank, reshard, unwrap, world_size
+from utils.distributed import gather, rank, reshard, unwrap, world_size
 
 
 def gather_rng_state():
     """Collective: torch's generator states, a list over ranks of {"cpu": tensor, "cuda": tensor or None}."""
     cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-    states = [{"cpu": torch.get_rng_state(), "cuda": cuda}] * world_size()
-    if world_size() > 1:
-        dist.all_gather_object(states, states[0])
-    return states
+    return gather({"cpu": torch.get_rng_state(), "cuda": cuda})
 
 
 def restore_rng_state(states):

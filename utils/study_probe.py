@@ -2,10 +2,9 @@
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from utils.device import autocast, to_device
-from utils.distributed import world_size
+from utils.distributed import gather
 from utils.probe import knn_accuracy, linear_probe
 
 
@@ -23,10 +22,7 @@ def study_features(encoder, loader, device, precision="fp32"):
             tokens = encoder(batch["tokens"], batch["coords"], batch["cu_seqlens"])             # [T, E]
         parts = tokens.float().cpu().tensor_split(batch["study_cu_seqlens"][1:-1].long())
         features.update((study, part.mean(0)) for study, part in zip(batch["study"], parts, strict=True))
-    shares = [features] * world_size()
-    if world_size() > 1:
-        dist.all_gather_object(shares, features)
-    return {study: value for share in shares for study, value in share.items()}
+    return {study: value for share in gather(features) for study, value in share.items()}
 
 
 def probe_studies(encoder, train_loader, val_loader, labels, device, precision="fp32"):
