@@ -1,0 +1,131 @@
+"""Fragments of the boundary map, merged by boundary and embedding together."""
+
+import numpy as np
+import pytest
+import torch
+from scipy import ndimage
+
+from utils.agglomeration import agglomerate, face_sums, fragments, segment
+
+SHAPE = (12, 40, 60)
+
+
+def two_rooms(gap=0, wall=1.0):
+    """(embedding [2, D, H, W], boundary, true ids): two rooms, a wall between them with a gap of some rows.
+
+    The embedding of the second room lies 3 away; a dark bar of boundary crosses the first room.
+    """
+    ids = np.ones(SHAPE, np.int32)
+    ids[:, :, 30:] = 2
+    boundary = np.full(SHAPE, 0.02, np.float32)
+    boundary[:, gap:, 29:31] = wall
+    embedding = np.zeros((2, *SHAPE), np.float32)
+    embedding[0] = ndimage.gaussian_filter(3.0 * (ids == 2), 1)
+    embedding += 0.05 * np.random.default_rng(0).standard_normal(embedding.shape).astype(np.float32)
+    return embedding, boundary, ids
+
+
+def same_partition(found, true, mask):
+    """Whether two labellings divide the mask alike."""
+    pairs = set(zip(found[mask].tolist(), true[mask].tolist(), strict=True))
+    return len(pairs) == len({a for a, _ in pairs}) == len({b for _, b in pairs})
+
+
+def test_a_gap_in_the_membrane_does_not_join_what_embeddings_tell_apart():
+    """The reason for embeddings: a boundary map alone leaks through every gap."""
+    embedding, boundary, ids = two_rooms(gap=12)
+    mask = boundary < 0.5
+    assert same_partition(agglomerate(embedding, mask, boundary), ids, mask)
+    blind = agglomerate(np.zeros_like(embedding), mask, np.minimum(boundary, 0.6))
+    assert len(np.unique(blind[mask])) == 1
+
+
+def test_a_dark_organelle_does_not_divide_what_has_one_embedding():
+    """The reason for a mean over faces: mitochondria look like membranes to the boundary map."""
+    embedding, boundary, ids = two_rooms()
+    boundary[:, 8:32, 14:16] = 0.9
+    boundary[:, :8, 14:16] = boundary[:, 32:, 14:16] = 0.3
+    mask = (boundary < 0.5) | (ids == 1)
+    mask[:, :, 29:31] = False
+    assert same_partition(agglomerate(embedding, mask, boundary), ids, mask)
+
+
+def test_fragments_cover_the_mask_and_never_cross_a_full_wall():
+    """Every voxel of the mask has a fragment, each island at least one of its own."""
+    _, boundary, ids = two_rooms()
+    boundary[4:8, 15:25, 50:58] = 1.0                                  # a box of walls with an island in it
+    boundary[5:7, 18:22, 52:56] = 0.1
+    mask = boundary < 0.5
+    found = fragments(boundary, mask, np.ones(3))
+    assert (found[mask] > 0).all()
+    assert not set(np.unique(found[mask & (ids == 1)])) & set(np.unique(found[mask & (ids == 2)]))
+    assert not set(np.unique(found[5:7, 18:22, 52:56])) & set(np.unique(found[mask & (ids == 1)]))
+
+
+def test_sums_over_faces_equal_a_loop():
+    """The step, the faces that have both ends inside, the boundary, the faces: voxel by voxel."""
+    rng = np.random.default_rng(1)
+    found = rng.integers(1, 4, (4, 5, 6)).repeat(3, 1).repeat(3, 2).astype(np.int32)
+    embedding = torch.from_numpy(rng.standard_normal((2, *found.shape)).astype(np.float32))
+    boundary = rng.random(found.shape).astype(np.float32)
+    mask, reach, expected = rng.random(found.shape) < 0.8, np.array([1, 2, 2]), {}
+    for place in np.ndindex(found.shape):
+        for axis in range(3):
+            other = tuple(p + (a == axis) for a, p in enumerate(place))
+            if other[axis] == found.shape[axis] or found[place] == found[other]:
+                continue
+            low = tuple(max(p - (reach[axis] - 1), 0) if a == axis else p for a, p in enumerate(place))
+            high = tuple(min(p + reach[axis] - 1, found.shape[axis] - 1) if a == axis else p
+                         for a, p in enumerate(other))
+            whole = found[low] == found[place] and found[high] == found[other] and (mask[low] or mask[high])
+            sign = 1 if found[place] < found[other] else -1
+            step = (embedding[(..., *high)] - embedding[(..., *low)]).numpy() * sign * whole
+            key = tuple(sorted((int(found[place]), int(found[other]))))
+            row = np.array([*step, whole, max(boundary[place], boundary[other]), 1.0])
+            expected[key] = expected.get(key, 0) + row
+    sums = face_sums(found, mask, boundary, embedding, reach)
+    assert sums.keys() == expected.keys()
+    for key, row in expected.items():
+        np.testing.assert_allclose(sums[key], row, rtol=1e-5, atol=1e-5)
+
+
+def test_small_pieces_join_the_nearest_or_vanish():
+    """A piece below min_size has a neighbour to go to, or none."""
+    embedding, boundary, _ = two_rooms()
+    mask = boundary < 0.5
+    mask[:, :, 40:] = False
+    mask[2:4, 2:4, 50:53] = True                                        # 12 voxels by themselves
+    assert not agglomerate(embedding, mask, boundary, min_size=50)[:, :, 40:].any()
+    assert agglomerate(embedding, mask, boundary, min_size=5)[3, 3, 51] > 0
+
+
+@pytest.mark.parametrize("shape", [(1, 40, 40), (3, 4, 5), (1, 1, 1)])
+def test_any_shape_and_an_empty_mask(shape):
+    """Slices and corners of a volume; ids are compact and the mask is filled."""
+    mask, boundary = np.ones(shape, bool), np.zeros(shape, np.float32)
+    found = agglomerate(np.zeros((3, *shape), np.float32), mask, boundary, min_size=1)
+    assert found.dtype == np.int32 and np.unique(found).tolist() == [1]
+    assert not agglomerate(np.zeros((3, *shape), np.float32), ~mask, boundary).any()
+
+
+def test_the_same_input_gives_the_same_ids_in_the_order_of_their_voxels():
+    """Ids 1..K by first voxel: what is stitched must not depend on chance."""
+    embedding, boundary, _ = two_rooms()
+    mask = boundary < 0.5
+    first, second = (agglomerate(embedding, mask, boundary) for _ in range(2))
+    assert np.array_equal(first, second)
+    _, places = np.unique(first[first > 0], return_index=True)
+    assert (np.diff(places) > 0).all()
+
+
+@pytest.mark.parametrize("use_boundary", [True, False])
+def test_a_window_is_segmented_class_by_class(use_boundary):
+    """With and without a boundary class; instances grow into the wall by so many nm and no more."""
+    embedding, wall, ids = two_rooms()
+    probabilities = np.zeros((5, *SHAPE), np.float32)
+    probabilities[1], probabilities[4] = 1 - wall, wall
+    values = torch.from_numpy(probabilities), torch.from_numpy(embedding), (1, 2, 3), use_boundary, 0.5, 50
+    found, class_of = segment(*values, 0.0, (10.0, 10.0, 10.0))
+    assert same_partition(found, ids, wall < 0.5) and class_of.tolist() == [0, 1, 1]
+    assert not found[wall >= 0.5].any()
+    assert (segment(*values, 10.0, (10.0, 10.0, 10.0))[0] > 0).all()
