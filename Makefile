@@ -1,5 +1,6 @@
 # make demo   trains the chest X-ray model on small demo data and shows what changed: about 5 minutes on 2 cores
 # make demo-brain   the same for brain studies: pretrains, classifies, judges; about 3 minutes
+# make demo-em   the same for electron microscopy: trains, segments a volume never seen; about 4 minutes
 # make test   every test
 # Each makes .venv first when it is missing.
 
@@ -7,7 +8,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SETUP := .venv/installed
 
-.PHONY: demo demo-brain test setup lint bench clean
+.PHONY: demo demo-brain demo-em test setup lint bench clean
 
 demo: setup
 	$(BIN)/python longitudinal_MIM_training.py -p demo -n demo -c auto
@@ -20,6 +21,12 @@ demo-brain: setup
 	$(BIN)/python train_finetune.py --task mil -p brain_demo -n findings_demo -c auto \
 		--init runs/brain_demo/jepa_last.pt
 	$(BIN)/python evaluate.py --checkpoint runs/findings_demo/mil_best.pt --output predictions/findings_demo
+
+demo-em: setup
+	$(BIN)/python prepare_data.py demo em
+	$(BIN)/python train_vista3d.py -p em_demo -n em_demo -c auto
+	$(BIN)/python infer_vista3d.py --checkpoint runs/em_demo/vista3d_best.pt \
+		--input data/demo/em/snemi3d/AC3_inputs.h5 --output predictions/em_demo.h5
 
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto

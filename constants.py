@@ -6,6 +6,7 @@
     Brain studies: 12 cache and splits   13 what a network sees   14 token transformer
     15 JEPA   16 JEPA's schedule and predictor   17 JEPA's masks
     Study classification (MIL): 18 training   19 network and loss
+    Electron microscopy (Vista): 20 data   21 augmentation   22 network   23 training   24 losses, instances
 
 Literals only.  For one run, ``-p PRESET`` overrides the values here and ``--set NAME=VALUE`` overrides both;
 the values used are written to ``training_params.json``.
@@ -58,6 +59,7 @@ RESTART_T_MULT = 2               # cosine_restarts: growth of the cycles
 # ------------------------------------------------------------- 4 Demo data
 DEMO_DIR = "data/demo"           # made on first use
 DEMO_STUDIES = 12                # invented brain studies, two thirds MRI and one third CT
+DEMO_EM_SIZE = [40, 160]         # sections and pixels per side of the invented EM volumes
 DEMO_SIZE = 128                  # pixels per side of the pairs, and about the width of the X-rays
 DEMO_PATIENTS = 40               # invented ones
 DEMO_PAIRS_PER_PATIENT = 10      # shared out among the two images of a patient; odd numbers are rounded up
@@ -250,8 +252,105 @@ MIL_LOSS = "bce"                 # "bce": labels 0, 1 | "ce": classes | "mse" | 
 MIL_CLASS_WEIGHTS = []           # bce: of each label's positives, ce: of each class; []: by MIL_BALANCE
 MIL_BALANCE = True               # weights from the counts in training (bce, ce)
 
+# ------------------- 20 Electron microscopy (train_vista3d.py): data
+VISTA_DATASETS = ["snemi3d"]     # folders of --data: snemi3d, cremi3d, mitoem2; a volumes.csv counts instead
+VISTA_DATASET_WEIGHTS = {        # how often a crop comes from it, relative to the others
+    "snemi3d": 1.0, "cremi3d": 1.0, "mitoem2": 1.5}
+VISTA_SLICES = False             # train on single sections (Vista2D), not on 3D patches
+VISTA_PATCH_SIZE = [32, 128, 128]  # voxels, D, H, W of a crop; slices use the last two
+VISTA_CROPS_PER_EPOCH = 400      # random crops of an epoch, over all ranks
+VISTA_VAL_CROPS = 40             # most windows of the validation sections, evenly chosen
+VISTA_VAL_FRACTION = 0.15        # of the sections of a volume that has no split of its own
+VISTA_TEST_FRACTION = 0.0        # the same; never seen by training
+VISTA_GAP = 8                    # sections between two splits of one volume that nobody sees
+VISTA_BOUNDARY = True            # voxels where two instances touch are of the class boundary
+VISTA_CACHE_RATE = 0.0           # share of the volumes kept in memory, 0 to 1; the rest is read as needed
+
+# ----------------------- 21 Electron microscopy: augmentation, in training only
+VISTA_AUG_FLIP = 0.5             # probability of mirroring, each axis
+VISTA_AUG_ROTATE = 0.5           # probability of a rotation in the plane
+VISTA_AUG_ANGLE = 15.0           # degrees: limit of that rotation beyond multiples of 90
+VISTA_AUG_ELASTIC = 0.5          # probability of an elastic deformation in the plane
+VISTA_AUG_NOISE = 0.3            # probability of Gaussian noise
+VISTA_AUG_NOISE_STD = 0.1        # its largest standard deviation, of the [0, 1] image
+VISTA_AUG_GAMMA = 0.3            # probability of another gamma
+VISTA_AUG_GAMMA_RANGE = [0.7, 1.3]  # least and largest exponent
+VISTA_AUG_CONTRAST = 0.3         # probability of another contrast and brightness
+VISTA_AUG_MISSING = 0.1          # probability that sections are missing
+VISTA_AUG_SHIFT = 0.1            # probability that sections slip against their neighbours
+VISTA_AUG_DEFECTS = 0.3          # probability of folds, stains, blur or jumps of brightness
+
+# ------------------------------------- 22 Electron microscopy: network
+VISTA_ENCODER = "vista3d"        # "vista3d": VISTA3D's image encoder | "segresnet"
+VISTA_FEATURES = 48              # width at full resolution; doubles with each level
+VISTA_HEAD_WIDTH = 64            # channels inside the two heads
+VISTA_NUM_CLASSES = 16           # of the semantic head; five are in use, the others are headroom
+VISTA_EMBEDDING = 16             # dimensions of the instance head
+VISTA_COORDINATES = 16.0         # voxels to one unit of the place that is added to embeddings; 0: none is
+
+# ------------------------------------ 23 Electron microscopy: training
+VISTA_EPOCHS = 100               # of VISTA_CROPS_PER_EPOCH crops
+VISTA_BATCH_SIZE = 4             # crops per rank and micro-batch
+VISTA_UPDATE_EVERY_BATCHES = 1   # micro-batches per optimizer step
+VISTA_LR = 1e-3                  # peak learning rate
+VISTA_WEIGHT_DECAY = 1e-4        # of sgd, adam, adamw
+VISTA_SCHEDULE = "cosine"        # as SCHEDULE
+VISTA_WARMUP_STEPS = 0.0         # cosine: steps, or a fraction of all steps when below 1
+VISTA_FINAL_LR = 1e-6            # cosine, cosine_restarts: lowest rate
+VISTA_VAL_EVERY = 1              # epochs between validations; the first and last epoch have one always
+VISTA_PATIENCE = 0               # validations without a better one that end the run; 0: never
+VISTA_MONITOR = "val/loss"       # the metric of vista3d_best.pt, KEEP_TOP_K and VISTA_PATIENCE
+VISTA_MONITOR_MODE = "min"       # "min" | "max"
+
+# ------------------------ 24 Electron microscopy: losses and instances
+VISTA_CE_WEIGHT = 0.5            # of the cross-entropy
+VISTA_DICE_WEIGHT = 0.5          # of the soft Dice loss; 0: off
+VISTA_CLASS_WEIGHTS = []         # of the cross-entropy, one for each of VISTA_NUM_CLASSES; []: all 1
+VISTA_IGNORE_INDEX = -100        # class that the semantic loss leaves out; -100: only what is not annotated
+VISTA_WEIGHT_PULL = 1.0          # embeddings towards their instance's mean
+VISTA_WEIGHT_PUSH = 1.0          # means of instances away from each other
+VISTA_WEIGHT_NORM = 1e-3         # means towards the origin
+VISTA_DELTA_V = 0.5              # distance from the mean up to which nothing pulls
+VISTA_DELTA_D = 1.5              # half the distance of two means from which nothing pushes
+VISTA_WEIGHT_EDGE = 10.0         # weight of voxels at the border of an instance; 1: no difference
+VISTA_WEIGHT_BONE = 10.0         # weight of an instance's innermost voxels, falling outwards; 1: off
+VISTA_PER_CLASS = True           # instances keep away from those of their own class alone
+VISTA_BANDWIDTH = 0.5            # validation: radius of a cluster of embeddings
+VISTA_MIN_INSTANCE = 50          # validation: voxels of the smallest instance
+VISTA_GROW_NM = 20.0             # validation: how far instances grow into the class boundary
+
 # A preset is chosen with -p NAME; it overrides the values above.
 PRESETS = {
+    "snemi2d": {                 # slices
+        "VISTA_DATASETS": ["snemi3d"], "VISTA_SLICES": True, "VISTA_PATCH_SIZE": [1, 256, 256],
+        "VISTA_BATCH_SIZE": 8, "VISTA_LR": 1e-4, "VISTA_WEIGHT_DECAY": 1e-5, "PRECISION": "fp32"},
+    "snemi3d": {
+        "VISTA_DATASETS": ["snemi3d"], "VISTA_LR": 1e-4, "VISTA_WEIGHT_DECAY": 1e-5, "PRECISION": "fp16"},
+    "cremi3d": {
+        "VISTA_DATASETS": ["cremi3d"], "VISTA_LR": 1e-4, "VISTA_WEIGHT_DECAY": 1e-5, "PRECISION": "fp16",
+        "VISTA_EPOCHS": 200, "VISTA_FINAL_LR": 1e-7,
+        "VISTA_CLASS_WEIGHTS": [0.1, 0.5, 0.4, 0.4, 0.5, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]},
+    "combine": {                 # two data sets, one space of classes
+        "VISTA_DATASETS": ["snemi3d", "cremi3d"], "VISTA_LR": 1e-4, "VISTA_WEIGHT_DECAY": 1e-5,
+        "PRECISION": "fp16", "VISTA_EPOCHS": 300, "VISTA_FINAL_LR": 1e-7, "VISTA_PATIENCE": 50,
+        "VISTA_CLASS_WEIGHTS": [0.1, 0.4, 0.3, 0.2, 0.4, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]},
+    "foundation": {              # all three
+        "VISTA_DATASETS": ["snemi3d", "cremi3d", "mitoem2"],
+        "VISTA_PATCH_SIZE": [64, 128, 128], "VISTA_BATCH_SIZE": 2, "VISTA_UPDATE_EVERY_BATCHES": 4,
+        "VISTA_LR": 2e-4, "VISTA_EPOCHS": 500, "VISTA_FINAL_LR": 1e-7, "VISTA_PATIENCE": 40,
+        "VISTA_VAL_EVERY": 2, "VISTA_EMBEDDING": 32, "KEEP_TOP_K": 5, "PRECISION": "bf16",
+        "VISTA_CLASS_WEIGHTS": [0.05, 0.35, 0.25, 0.2, 0.15, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]},
+    "em_small": {                # half an hour on two CPU cores, for isotropic volumes without lost sections
+        "VISTA_ENCODER": "segresnet", "VISTA_FEATURES": 16, "VISTA_HEAD_WIDTH": 32, "VISTA_BATCH_SIZE": 1,
+        "VISTA_PATCH_SIZE": [32, 96, 96], "VISTA_LR": 3e-3, "VISTA_WARMUP_STEPS": 0.02, "VISTA_EPOCHS": 14,
+        "VISTA_CROPS_PER_EPOCH": 100, "VISTA_VAL_EVERY": 5, "VISTA_VAL_CROPS": 6, "VISTA_CACHE_RATE": 1.0,
+        "VISTA_WEIGHT_EDGE": 3.0, "VISTA_WEIGHT_BONE": 1.0, "VISTA_AUG_ANGLE": 0.0, "VISTA_AUG_ELASTIC": 0.0,
+        "VISTA_AUG_MISSING": 0.0, "VISTA_AUG_SHIFT": 0.0, "VISTA_AUG_DEFECTS": 0.0,
+        "VISTA_AUG_NOISE_STD": 0.05, "EMA_DECAY": 0.99},
+    "em_demo": {                 # minutes on two CPU cores
+        "VISTA_FEATURES": 8, "VISTA_HEAD_WIDTH": 16, "VISTA_PATCH_SIZE": [24, 96, 96], "VISTA_BATCH_SIZE": 1,
+        "VISTA_LR": 3e-3, "VISTA_EPOCHS": 4, "VISTA_CROPS_PER_EPOCH": 80, "VISTA_VAL_CROPS": 4,
+        "EMA_DECAY": 0.98},
     "brain_tiny": {              # 40 minutes of pretraining on 98 studies on two CPU cores
         "STUDY_VIT": "tiny", "JEPA_LR": 3e-4, "JEPA_START_LR": 5e-5, "JEPA_TEACHER_MOMENTUM": [0.998, 1.0],
         "JEPA_PREDICTOR_DIM": 192, "JEPA_PREDICTOR_HEADS": 6, "MIL_EPOCHS": 20, "MIL_LR": 1e-3,

@@ -1,7 +1,8 @@
-"""Make data for training: demonstration sets, caches of brain studies, pairs with a known difference map.
+"""Make data for training: demo sets, downloads, caches of brain studies, pairs with a known difference map.
 
     python prepare_data.py demo
     python prepare_data.py demo studies
+    python prepare_data.py download snemi3d --output data
     python prepare_data.py cache --data my_studies --output data/cache --workers 8
     python prepare_data.py cache --data my_studies --output data/cache --modes data/cache/mode_mapping.csv
     python prepare_data.py pairs --data my_xrays --output data/pairs --per-image 8 --size 256 --workers 4
@@ -19,7 +20,9 @@ from pathlib import Path
 import constants as C
 from datasets.cache import INDEX, write_cache
 from datasets.demo import write_longitudinal_demo
+from datasets.demo_em import write_em_demo
 from datasets.demo_studies import write_demo_studies
+from datasets.download import DATASETS, download
 from datasets.drr import write_ct_pairs
 from datasets.findings import FINDINGS
 from datasets.pair_files import find_sources, find_volumes
@@ -34,6 +37,11 @@ def parse_args():
     demo = commands.add_parser("demo", help="small made-up sets, ready for training")
     demo.add_argument("sets", nargs="*", metavar="SET",
                       help=f"which ones: {', '.join(DEMOS)} (default: all)")
+    fetch = commands.add_parser("download", help="electron microscopy: " + ", ".join(DATASETS))
+    fetch.add_argument("dataset", choices=DATASETS)
+    fetch.add_argument("--output", default="data", metavar="DIR", help="folder for data (default: data)")
+    fetch.add_argument("--url", help="another place of the file")
+    fetch.add_argument("--sha256", help="what the file at --url must have")
     cache = commands.add_parser("cache", help="brain MRI and CT studies as small files that load at once")
     pairs = commands.add_parser("pairs", help="pairs with a known difference map from X-rays or CT volumes")
     for command in (demo, pairs):
@@ -137,6 +145,11 @@ def make_study_demo():
     return folder / "cache"
 
 
+def make_em_demo():
+    """Write the demonstration volumes of electron microscopy below DEMO_DIR, unless there; returns where."""
+    return write_em_demo(Path(C.DEMO_DIR) / "em", tuple(C.DEMO_EM_SIZE), C.SEED, C.NUM_WORKERS)
+
+
 def study_paths(data):
     """(cache, CSV of labels or ""): of --data, or of the demonstration studies, which rank 0 makes.
 
@@ -162,6 +175,12 @@ def make_demo(args):
     C.SEED, C.NUM_WORKERS = args.seed, args.workers
     for name in args.sets or DEMOS:
         print(f"Demo data: {DEMOS[name]()}")
+
+
+def make_download(args):
+    """Fetch a public data set and say where it lies."""
+    paths = download(args.dataset, args.output, args.url, args.sha256)
+    print(f"{args.dataset}: {', '.join(map(str, paths))}")
 
 
 def cache_settings():
@@ -197,20 +216,20 @@ def make_pairs(args):
     print(f"Pairs: {args.output}")
 
 
-DEMOS = {"longitudinal": make_longitudinal_demo, "studies": make_study_demo}
-COMMANDS = {"demo": make_demo, "cache": make_cache, "pairs": make_pairs}
+DEMOS = {"longitudinal": make_longitudinal_demo, "studies": make_study_demo, "em": make_em_demo}
+COMMANDS = {"demo": make_demo, "download": make_download, "cache": make_cache, "pairs": make_pairs}
 
 
 def main():
     args = parse_args()
-    apply_overrides(C, args.set)
+    apply_overrides(C, getattr(args, "set", []))
     defaults = {"demo": {"size": C.DEMO_SIZE}, "pairs": {"size": C.PAIR_SIZE, "per_image": C.PAIR_PER_IMAGE}}
     for name, value in {"seed": C.SEED, "workers": C.NUM_WORKERS, **defaults.get(args.command, {})}.items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
     if args.workers < 0 or args.seed < 0:
         raise UserError("--workers and --seed: give 0 or more")
-    if args.command != "cache" and (args.size < 64 or args.size % 32):
+    if args.command in defaults and (args.size < 64 or args.size % 32):
         raise UserError(f"--size {args.size}: give a multiple of 32, at least 64")
     COMMANDS[args.command](args)
 

@@ -1,8 +1,9 @@
-"""Small pairs of images and small studies on disk, and the scripts as functions."""
+"""Small pairs of images, studies and volumes on disk, and the scripts as functions."""
 
 import importlib
 import sys
 
+import h5py
 import nibabel
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 import constants as C
 from datasets.cache import write_cache
+from datasets.demo_em import write_em_demo
 from prepare_data import cache_settings
 from utils.config import exit_code
 
@@ -24,6 +26,13 @@ SMALL_STUDY = ["STUDY_VIT=custom", "STUDY_VIT_DIM=48", "STUDY_VIT_DEPTH=2", "STU
                "MIL_UPDATE_EVERY_BATCHES=2", "MIL_ATTENTION_DIM=16", "MIL_MLP_DIMS=[16]",
                "STUDY_VAL_FRACTION=0.3", "STUDY_TEST_FRACTION=0.2", "NUM_WORKERS=0", "TRACKERS=[]",
                "PRECISION=fp32", "SAVE_EVERY_EPOCHS=0", "KEEP_TOP_K=0", "LOG_EVERY_BATCHES=2"]
+
+# A network of some ten thousand weights on crops of 8 x 32 x 32 voxels.
+SMALL_VISTA = ["VISTA_ENCODER=segresnet", "VISTA_FEATURES=8", "VISTA_HEAD_WIDTH=8", "VISTA_EMBEDDING=4",
+               "VISTA_PATCH_SIZE=[8, 32, 32]", "VISTA_CROPS_PER_EPOCH=8", "VISTA_VAL_CROPS=3",
+               "VISTA_VAL_FRACTION=0.3", "VISTA_GAP=2", "VISTA_EPOCHS=2", "VISTA_BATCH_SIZE=2",
+               "VISTA_UPDATE_EVERY_BATCHES=2", "NUM_WORKERS=0", "TRACKERS=[]", "PRECISION=fp32",
+               "SAVE_EVERY_EPOCHS=0", "KEEP_TOP_K=0", "LOG_EVERY_BATCHES=2"]
 
 
 def write_case(folder, seed, size=64):
@@ -75,6 +84,34 @@ def studies(tmp_path_factory):
     return root
 
 
+def bricks(shape=(40, 48, 52), size=12):
+    """(image uint8, ids uint16) of bricks with dark mortar between them, a row of bricks every ``size``."""
+    z, y, x = np.indices(shape)
+    x = x + size // 2 * (y // size % 2)
+    ids = 1 + x // size + 8 * (y // size) + 64 * (z // (2 * size))
+    edge = np.minimum(y % size, size - 1 - y % size)
+    edge = np.minimum(edge, np.minimum(x % size, size - 1 - x % size))
+    noise = np.random.default_rng(0).normal(0, 8, shape)
+    return np.clip(60 + 50 * np.minimum(edge, 2) + noise, 0, 255).astype(np.uint8), ids.astype(np.uint16)
+
+
+@pytest.fixture(scope="session")
+def volumes(tmp_path_factory):
+    """Folder with one volume in the layout of SNEMI3D, below snemi3d."""
+    root = tmp_path_factory.mktemp("volumes")
+    (root / "snemi3d").mkdir()
+    for name, values in zip(("inputs", "labels"), bricks(), strict=True):
+        with h5py.File(root / "snemi3d" / f"toy_{name}.h5", "w") as file:
+            file["main"] = values
+    return root
+
+
+@pytest.fixture(scope="session")
+def em_demo(tmp_path_factory):
+    """Folder with small demonstration volumes in the three layouts."""
+    return write_em_demo(tmp_path_factory.mktemp("em"), (24, 64), 0, 0)
+
+
 @pytest.fixture
 def script(monkeypatch):
     """Call a script's ``main`` with command-line words; constants.py is as it was afterwards."""
@@ -123,6 +160,17 @@ def train_study(script, studies, tmp_path):
                  "-n", name, "--data", studies / "cache", *words]
         labels = [f"STUDY_LABELS={studies / 'labels.csv'}"] if labels else []
         script(*words, "--set", *SMALL_STUDY, *labels, f"RUNS_DIR={tmp_path / 'runs'}", *overrides)
+        return tmp_path / "runs" / name
+
+    return call
+
+
+@pytest.fixture
+def train_vista(script, volumes, tmp_path):
+    """Train a small network on the small volume into ``tmp_path/runs/<name>``; returns that folder."""
+    def call(name, *overrides, words=()):
+        script("train_vista3d", "-n", name, "--data", volumes, *words,
+               "--set", *SMALL_VISTA, f"RUNS_DIR={tmp_path / 'runs'}", *overrides)
         return tmp_path / "runs" / name
 
     return call

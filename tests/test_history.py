@@ -30,6 +30,15 @@ def test_the_line_of_an_epoch_leaves_single_labels_to_the_table():
     assert epoch_line(row) == "Epoch 3 Complete: Train Loss: 0.5000 | Val Loss: 0.4000 | auroc: 0.900"
 
 
+def test_an_epoch_without_validation_has_a_line_and_a_row(tmp_path):
+    """Where validation is rare its columns are empty, and the curves go on."""
+    rows = [*HISTORY, {"epoch": 3, "step": 12, "train/loss": 0.3, "train/L1": 0.1, "lr": 1e-4}]
+    assert epoch_line(rows[-1]) == "Epoch 3 Complete: Train Loss: 0.3000"
+    write_history(tmp_path, rows)
+    with open(tmp_path / "metrics.csv") as file:
+        assert [row["val/loss"] for row in csv.DictReader(file)] == ["0.6", "0.5", ""]
+
+
 def test_table_and_both_curves_are_written_together(tmp_path):
     """What each training script leaves after an epoch."""
     write_history(tmp_path, HISTORY)

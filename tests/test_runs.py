@@ -6,7 +6,7 @@ import pytest
 
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.config import UserError
-from utils.runs import is_better, keep_checkpoint, open_run, resume_position
+from utils.runs import is_better, keep_checkpoint, open_run, resume_position, stale_for
 
 
 @pytest.mark.parametrize("mode, value, best, better", [
@@ -67,3 +67,12 @@ def test_an_epoch_goes_on_at_its_share_and_at_the_start_of_a_group(batch, num_ba
     checkpoint = {"epoch": 3, "batch_in_epoch": batch, "num_batches": 10, "history": [{"epoch": 2}]}
     assert resume_position(checkpoint, num_batches, every) == position
     assert resume_position({**checkpoint, "history": [{"epoch": 3}]}, num_batches, every) == (4, 0)
+
+
+@pytest.mark.parametrize("values, mode, expected", [
+    ([3.0, 2.0, 2.5, 2.4], "min", 2), ([0.1, 0.3, 0.2], "max", 1), ([2.0, 2.0, 2.0], "min", 2),
+    ([math.nan, 1.0], "min", 0), ([1.0, math.nan, 2.0], "min", 1), ([], "min", 0)])
+def test_a_run_is_stale_for_the_validations_since_its_best(values, mode, expected):
+    """Epochs without the metric, or without a number, are no validations; an equal one is no better one."""
+    history = [{"epoch": n, "val/x": value} for n, value in enumerate(values)] + [{"epoch": 99}]
+    assert stale_for(history, "val/x", mode) == expected

@@ -26,13 +26,14 @@ def batch_line(batch, num_batches, means):
 def epoch_line(row):
     """``Epoch 1 Complete: Train Loss: 0.0198 | Val Loss: 0.0187``, then the lower-case ``val/`` metrics.
 
-    Those of a single label, as in ``val/auroc/mass``, are left to metrics.csv.
+    Those of a single label, as in ``val/auroc/mass``, are left to metrics.csv; an epoch without validation
+    has the first part alone.
     """
     metrics = {name.removeprefix("val/"): value for name, value in row.items()
                if name.startswith("val/") and name.islower() and name.count("/") == 1 and name != "val/loss"}
     shown = "".join(f" | {name}: {value:.3f}" for name, value in metrics.items())
-    return (f"Epoch {row['epoch']} Complete: Train Loss: {row['train/loss']:.4f}"
-            f" | Val Loss: {row['val/loss']:.4f}{shown}")
+    validation = f" | Val Loss: {row['val/loss']:.4f}{shown}" if "val/loss" in row else ""
+    return f"Epoch {row['epoch']} Complete: Train Loss: {row['train/loss']:.4f}{validation}"
 
 
 def write_history(run_dir, history):

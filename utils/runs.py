@@ -88,6 +88,14 @@ def is_better(row, best, metric, mode):
     return row[metric] > best if mode == "max" else row[metric] < best
 
 
+def stale_for(history, metric, mode):
+    """How many epochs with ``metric`` have come since the one that is best by it; the rest do not count."""
+    values = [row[metric] for row in history if metric in row and not math.isnan(row[metric])]
+    if not values:
+        return 0
+    return len(values) - 1 - values.index(max(values) if mode == "max" else min(values))
+
+
 def keep_checkpoint(run_dir, kind, history, better, keep_top, every, metric="val/loss", mode="min"):
     """Copy <kind>_last.pt of a finished epoch to _epoch_N.pt, and to _best.pt when ``better``; prune.
 
