@@ -9,7 +9,7 @@ from monai.data.utils import compute_importance_map
 from monai.inferers import sliding_window_inference
 
 from utils.config import UserError
-from utils.sliding_window import Blend, importance, predict_slabs, shares, window_starts, windows
+from utils.sliding_window import Blend, importance, predict_slabs, window_starts, windows
 
 PATCH, STRIDE, CLASSES = (6, 12, 10), (3, 6, 5), 3
 KERNEL = torch.randn(CLASSES, 1, 3, 3, 3, generator=torch.Generator().manual_seed(0))
@@ -154,7 +154,7 @@ def test_a_volume_below_the_window_is_reflected_and_cut_back(shape):
     assert all(images.shape[2:] == PATCH and images.min() >= 0.5 for images in seen)
 
 
-def test_each_window_is_handed_out_once_over_all_shares():
+def test_each_window_is_handed_out_once_over_all_ranges():
     """Instances are found from what a window alone gave: its own outputs, cut to the volume."""
     array = volume((14, 10, 23))
     found = {}
@@ -166,8 +166,8 @@ def test_each_window_is_handed_out_once_over_all_shares():
     def predict(images):
         return network(images), images.repeat(1, 5, 1, 1, 1)
 
-    for rank in range(3):
-        whole(array, predict, on_window=keep, batch_size=2, z_range=shares(14, 3, rank, STRIDE[0]))
+    for z_range in ((0, 4), (4, 5), (5, 14)):
+        whole(array, predict, on_window=keep, batch_size=2, z_range=z_range)
     starts = windows(array.shape, PATCH, STRIDE)
     assert sorted(found) == list(product(*(range(len(axis)) for axis in starts)))
     for index, (start, (probabilities, embedding)) in found.items():
@@ -265,13 +265,3 @@ def test_wrong_outputs_and_batches_are_named():
         whole(volume((9, 12, 10)), channels=1)
     with pytest.raises(UserError, match="batch of 0"):
         whole(volume((9, 12, 10)), batch_size=0)
-
-
-def test_shares_divide_the_depth():
-    """Each section falls to one rank; ranges begin where windows do, and none is far larger than another."""
-    for length, world_size, multiple in product((1, 7, 16, 100, 257), (1, 2, 3, 8, 40), (1, 4, 32)):
-        ranges = [shares(length, world_size, rank, multiple) for rank in range(world_size)]
-        assert ranges[0][0] == 0 and ranges[-1][1] == length
-        assert all(a[1] == b[0] for a, b in pairwise(ranges))
-        assert all(z0 % multiple == 0 or z0 == length for z0, _ in ranges)
-        assert max(z1 - z0 for z0, z1 in ranges) <= -(-length // multiple // world_size) * multiple + multiple

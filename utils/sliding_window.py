@@ -37,15 +37,6 @@ def windows(shape, patch, stride):
     return [window_starts(*sizes) for sizes in zip(shape, patch, stride, strict=True)]
 
 
-def shares(length, world_size, rank, multiple):
-    """(z0, z1): the contiguous sections of ``length`` that fall to one rank, the last ranks' perhaps none.
-
-    Ranges begin at multiples of ``multiple``; take the stride, so that few windows touch two ranges.
-    """
-    units = -(-length // multiple)
-    return tuple(min(units * r // world_size * multiple, length) for r in (rank, rank + 1))
-
-
 def importance(patch, aggregation):
     """Weights of a window's voxels in the blend: float32 [d, h, w], in (0, 1].
 
