@@ -12,6 +12,7 @@ from datasets.em_files import intensity_range, scale
 from datasets.em_labels import IGNORE, instance_weights
 from datasets.samplers import check_on_bad_file, item_generator
 from utils.config import BadFile, UserError
+from utils.sliding_window import window_starts
 
 DRAWS = 50                                           # of a crop, to find one with an annotated voxel
 
@@ -210,8 +211,8 @@ def chances(sources, weights):
 def windows(extent, size):
     """Slices of ``size`` that cover [first, end), side by side, the last one shifted back; or one shorter."""
     low, high = extent
-    return [slice(first, min(first + size, high))
-            for first in (*range(low, high - size, size), max(low, high - size))]
+    return [slice(low + first, min(low + first + size, high))
+            for first in window_starts(high - low, size, size)]
 
 
 def shares(counts, total):
