@@ -342,8 +342,8 @@ PRESETS = {
         "VISTA_CLASS_WEIGHTS": [0.05, 0.35, 0.25, 0.2, 0.15, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]},
     "em_small": {                # half an hour on two CPU cores, for isotropic volumes without lost sections
         "VISTA_ENCODER": "segresnet", "VISTA_FEATURES": 16, "VISTA_HEAD_WIDTH": 32, "VISTA_BATCH_SIZE": 1,
-        "VISTA_PATCH_SIZE": [32, 96, 96], "VISTA_LR": 3e-3, "VISTA_WARMUP_STEPS": 0.02, "VISTA_EPOCHS": 14,
-        "VISTA_CROPS_PER_EPOCH": 100, "VISTA_VAL_EVERY": 5, "VISTA_VAL_CROPS": 6, "VISTA_CACHE_RATE": 1.0,
+        "VISTA_PATCH_SIZE": [64, 64, 64], "VISTA_LR": 3e-3, "VISTA_WARMUP_STEPS": 0.02, "VISTA_EPOCHS": 24,
+        "VISTA_CROPS_PER_EPOCH": 100, "VISTA_VAL_EVERY": 8, "VISTA_VAL_CROPS": 6, "VISTA_CACHE_RATE": 1.0,
         "VISTA_WEIGHT_EDGE": 3.0, "VISTA_WEIGHT_BONE": 1.0, "VISTA_AUG_ANGLE": 0.0, "VISTA_AUG_ELASTIC": 0.0,
         "VISTA_AUG_MISSING": 0.0, "VISTA_AUG_SHIFT": 0.0, "VISTA_AUG_DEFECTS": 0.0,
         "VISTA_AUG_NOISE_STD": 0.05, "EMA_DECAY": 0.99},
