@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy import ndimage
 
-from utils.agglomeration import agglomerate, face_sums, fragments, segment
+from utils.agglomeration import agglomerate, fragments, segment
 
 SHAPE = (12, 40, 60)
 
@@ -60,33 +60,6 @@ def test_fragments_cover_the_mask_and_never_cross_a_full_wall():
     assert (found[mask] > 0).all()
     assert not set(np.unique(found[mask & (ids == 1)])) & set(np.unique(found[mask & (ids == 2)]))
     assert not set(np.unique(found[5:7, 18:22, 52:56])) & set(np.unique(found[mask & (ids == 1)]))
-
-
-def test_sums_over_faces_equal_a_loop():
-    """The step, the faces that have both ends inside, the boundary, the faces: voxel by voxel."""
-    rng = np.random.default_rng(1)
-    found = rng.integers(1, 4, (4, 5, 6)).repeat(3, 1).repeat(3, 2).astype(np.int32)
-    embedding = torch.from_numpy(rng.standard_normal((2, *found.shape)).astype(np.float32))
-    boundary = rng.random(found.shape).astype(np.float32)
-    mask, reach, expected = rng.random(found.shape) < 0.8, np.array([1, 2, 2]), {}
-    for place in np.ndindex(found.shape):
-        for axis in range(3):
-            other = tuple(p + (a == axis) for a, p in enumerate(place))
-            if other[axis] == found.shape[axis] or found[place] == found[other]:
-                continue
-            low = tuple(max(p - (reach[axis] - 1), 0) if a == axis else p for a, p in enumerate(place))
-            high = tuple(min(p + reach[axis] - 1, found.shape[axis] - 1) if a == axis else p
-                         for a, p in enumerate(other))
-            whole = found[low] == found[place] and found[high] == found[other] and (mask[low] or mask[high])
-            sign = 1 if found[place] < found[other] else -1
-            step = (embedding[(..., *high)] - embedding[(..., *low)]).numpy() * sign * whole
-            key = tuple(sorted((int(found[place]), int(found[other]))))
-            row = np.array([*step, whole, max(boundary[place], boundary[other]), 1.0])
-            expected[key] = expected.get(key, 0) + row
-    sums = face_sums(found, mask, boundary, embedding, reach)
-    assert sums.keys() == expected.keys()
-    for key, row in expected.items():
-        np.testing.assert_allclose(sums[key], row, rtol=1e-5, atol=1e-5)
 
 
 def test_small_pieces_join_the_nearest_or_vanish():

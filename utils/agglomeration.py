@@ -5,7 +5,6 @@ tell instances apart that are far from each other, but blend where they touch.  
 map therefore cuts too much, and the mean of both over a whole face decides what belongs together.
 """
 
-import heapq
 from functools import partial
 
 import cc3d
@@ -23,13 +22,12 @@ from utils.instances import (
     find_modes,
     grow,
     nearest_mode,
-    vectors_at,
 )
+from utils.regions import Regions, face_sums
 
 LEAST_DEPTH = 0.5            # pixels by which a seed's distance to the boundary rises above its surroundings
 REACH = 3                    # pixels on either side of a face between which the embedding is compared
 EDGE, STEP = 0.7, 0.6        # weights of the mean boundary probability, and of the mean step in bandwidths
-CHUNK = 2 ** 16              # faces handled at once
 
 
 def segment(probabilities, embedding, instance_classes, use_boundary, bandwidth, min_size, grow_nm,
@@ -71,9 +69,11 @@ def agglomerate(embedding, mask, boundary, bandwidth=0.5, min_size=50, spacing_n
     modes = find_modes(embedding, mask, bandwidth, torch.Generator().manual_seed(0))
     found = divide(found, nearest_mode(embedding, mask, modes), boundary)
     reach = np.maximum(1, np.round(REACH / spacing)).astype(int)
-    sizes = np.bincount(found[mask], minlength=int(found.max()) + 1)
-    owner = merge(face_sums(found, mask, boundary, embedding, reach), sizes, bandwidth, min_size)
-    found = np.where(mask, owner[found], 0)
+    regions = Regions(face_sums(found, embedding, reach, boundary, mask), int(found.max()), len(embedding),
+                      partial(cost_of, bandwidth=bandwidth))
+    regions.merge()
+    regions.absorb(np.bincount(found[mask], minlength=len(regions.owner)), min_size)
+    found = np.where(mask, regions.owner[found], 0)
     kept = np.bincount(found.ravel()) >= min_size
     kept[0] = False
     ids, first = np.unique(found[kept[found]], return_index=True)
@@ -110,76 +110,8 @@ def divide(found, clusters, boundary):
     return watershed(boundary, pieces, mask=found > 0).astype(np.int32)
 
 
-def face_sums(found, mask, boundary, embedding, reach):
-    """{(a, b): float64 [E + 3]} of touching ids a < b: sums over their faces of
-
-    the step of the embedding from a to b, ``reach`` voxels (per axis) to either side of the face; the number
-    of faces whose two ends lie in a and b, and not both in the membrane, where no instance is; the larger
-    boundary probability of the two voxels; and 1.
-    """
-    total, count = {}, int(found.max()) + 1
-    for axis in range(3):
-        part = np.moveaxis(found, axis, 0)
-        touch = np.moveaxis((part[1:] != part[:-1]) & (part[1:] > 0) & (part[:-1] > 0), 0, axis)
-        at = np.flatnonzero(touch)
-        for start in range(0, len(at), CHUNK):
-            low = np.stack(np.unravel_index(at[start:start + CHUNK], touch.shape))
-            high = low.copy()
-            high[axis] += 1
-            a, b = found[tuple(low)].astype(np.int64), found[tuple(high)].astype(np.int64)
-            edge = np.maximum(boundary[tuple(low)], boundary[tuple(high)])
-            low[axis] = np.maximum(low[axis] - reach[axis] + 1, 0)
-            high[axis] = np.minimum(high[axis] + reach[axis] - 1, found.shape[axis] - 1)
-            whole = (found[tuple(low)] == a) & (found[tuple(high)] == b)
-            whole &= mask[tuple(low)] | mask[tuple(high)]
-            step = (vectors_at(embedding, high) - vectors_at(embedding, low)).numpy().T        # [E, N]
-            rows = np.vstack([step * np.where(a < b, whole, -1.0 * whole), whole, edge, np.ones(len(a))])
-            keys, back = np.unique(np.minimum(a, b) * count + np.maximum(a, b), return_inverse=True)
-            sums = np.stack([np.bincount(back, row, len(keys)) for row in rows], 1)
-            for key, values in zip(keys.tolist(), sums, strict=True):
-                pair = divmod(key, count)
-                total[pair] = total[pair] + values if pair in total else values
-    return total
-
-
 def cost_of(sums, bandwidth):
     """Cost of a merge over faces of these sums; a step that could not be measured counts as one bandwidth."""
     *step, measured, edge, faces = sums
     length = np.linalg.norm(step) / measured / bandwidth if measured else 1.0
     return EDGE * edge / faces + STEP * length
-
-
-def merge(pairs, sizes, bandwidth, min_size):
-    """The id that each id becomes: int [ids].  pairs: of face_sums; sizes: voxels of each id."""
-    around, sizes, owner, queue = [{} for _ in sizes], sizes.copy(), np.arange(len(sizes)), []
-
-    def touch(a, b, sums):
-        """Set the sums of a pair, the step from a to b, and queue it if it may merge."""
-        turned = sums.copy()
-        turned[:-3] *= -1
-        around[a][b], around[b][a] = sums, turned
-        cost = cost_of(sums, bandwidth)
-        if cost < 1:
-            heapq.heappush(queue, (cost, min(a, b), max(a, b), sums[-1]))
-
-    def join(a, b):
-        """b becomes a."""
-        owner[owner == b] = a
-        sizes[a] += sizes[b]
-        del around[a][b], around[b][a]
-        for c, sums in around[b].items():
-            del around[c][b]
-            touch(a, c, sums + around[a].get(c, 0))
-        around[b] = {}
-
-    for (a, b), sums in pairs.items():
-        touch(a, b, sums)
-    while queue:
-        _, a, b, faces = heapq.heappop(queue)
-        if b in around[a] and around[a][b][-1] == faces:              # else one of them has grown meanwhile
-            join(a, b)
-    for small in np.argsort(sizes, kind="stable").tolist():
-        if 0 < sizes[small] < min_size and owner[small] == small and around[small]:
-            nearest = min(around[small], key=lambda b: (cost_of(around[small][b], bandwidth), b))
-            join(nearest, small)
-    return owner
