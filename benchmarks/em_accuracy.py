@@ -6,7 +6,7 @@
 The validation and test sections of --data (a folder as train_vista3d.py takes it, with a split for each) are
 written to a file of their own and segmented by infer_vista3d.py, with the options that this script does not
 know.  Instances of the truth are connected components of the sections, since nothing in them tells that two
-pieces are one.  Figures of the test sections:
+pieces are one; of a network of slices (VISTA_SLICES), of each section.  Figures of the test sections:
 
 classes      Dice and IoU of the classes that are annotated
 instances    of each annotated class: adapted Rand error, variation of information (bits), F1 at an IoU of .5
@@ -37,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import constants as C
 from datasets.em_crops import merge_labels
-from datasets.em_labels import BOUNDARY, CLASSES, INSTANCE_CLASSES
+from datasets.em_labels import BOUNDARY, CLASSES, INSTANCE_CLASSES, relabel
 from datasets.em_sources import find_sources
 from datasets.em_writers import create_volume
 from utils.checkpoint import load_checkpoint
@@ -82,13 +82,26 @@ def read_truth(source):
     box = (slice(*source.sections), *(slice(0, size) for size in source.raw.shape[1:]))
     classes, instances, kinds = merge_labels(source, box, C.VISTA_BOUNDARY)
     kinds = kinds[instances]
-    return {word: np.where(kinds == CLASSES.index(word), instances, 0) for word in source.labels
-            if CLASSES.index(word) in INSTANCE_CLASSES}, classes
+    return {word: in_blocks(relabel, np.where(kinds == CLASSES.index(word), instances, 0))
+            for word in source.labels if CLASSES.index(word) in INSTANCE_CLASSES}, classes
+
+
+def in_blocks(find, values, *parameters):
+    """Ids [D, H, W] of ``find``, in the whole or for a network of slices in each section by itself."""
+    if not C.VISTA_SLICES:
+        return find(values, *parameters)
+    found, count = [], 0
+    for section in values:
+        ids = np.asarray(find(section[None], *parameters)).astype(np.int64)
+        found.append(np.where(ids > 0, ids + count, 0))
+        count += int(ids.max(initial=0))
+    return np.concatenate(found)
 
 
 def watershed_instances(boundary, depth):
     """Basins of a boundary map [D, H, W] around the maxima of the distance to it, ``depth`` voxels high."""
-    distance = ndimage.gaussian_filter(edt.edt(boundary < 0.5, black_border=False), 1)
+    distance = edt.edt(boundary < 0.5, black_border=False)
+    distance = ndimage.gaussian_filter(distance, [float(size > 1) for size in boundary.shape])
     seeds = h_maxima(distance, depth).astype(np.uint8)
     return watershed(boundary, cc3d.connected_components(seeds, connectivity=26).astype(np.int32))
 
@@ -109,9 +122,10 @@ def baselines(word, probabilities):
     """{(name, parameter): ids} of every baseline and parameter."""
     if word == "neuron":
         boundary = probabilities[BOUNDARY]
-        return {**{("watershed", depth): watershed_instances(boundary, depth) for depth in DEPTHS},
-                **{("components", level): component_instances(boundary, level) for level in THRESHOLDS}}
-    return {("components", level): object_components(probabilities[CLASSES.index(word)], level)
+        return {**{("watershed", depth): in_blocks(watershed_instances, boundary, depth) for depth in DEPTHS},
+                **{("components", level): in_blocks(component_instances, boundary, level)
+                   for level in THRESHOLDS}}
+    return {("components", level): in_blocks(object_components, probabilities[CLASSES.index(word)], level)
             for level in LEVELS}
 
 
@@ -133,7 +147,7 @@ def print_row(name, figures):
 
 
 def judge(split, checkpoint, options):
-    """[({word: ids of ours}, {word: truth}, probabilities, classes)] of the sources of a split."""
+    """[({word: ids of ours}, {word: truth}, classes, probabilities, meaning)] of the sources of a split."""
     found = []
     for source in split:
         with tempfile.TemporaryDirectory() as folder:

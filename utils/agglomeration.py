@@ -16,18 +16,13 @@ from skimage.morphology import h_maxima
 from skimage.segmentation import watershed
 
 from datasets.em_labels import BOUNDARY
-from utils.instances import (
-    cluster_classes,
-    cluster_embeddings,
-    find_modes,
-    grow,
-    nearest_mode,
-)
+from utils.instances import cluster_classes, cluster_embeddings, grow
 from utils.regions import Regions, face_sums
 
 LEAST_DEPTH = 0.5            # pixels by which a seed's distance to the boundary rises above its surroundings
 REACH = 3                    # pixels on either side of a face between which the embedding is compared
-EDGE, STEP = 0.7, 0.6        # weights of the mean boundary probability, and of the mean step in bandwidths
+EDGE, STEP = 0.8, 0.4        # weights of the mean boundary probability, and of the mean step in bandwidths
+WALL = 0.65                  # mean boundary probability from which no embedding makes two fragments one
 
 
 def segment(probabilities, embedding, instance_classes, use_boundary, bandwidth, min_size, grow_nm,
@@ -42,7 +37,8 @@ def segment(probabilities, embedding, instance_classes, use_boundary, bandwidth,
     find = partial(agglomerate, boundary=probabilities[BOUNDARY]) if use_boundary else cluster_embeddings
     ids, class_of = cluster_classes(embedding.float().cpu(), classes, instance_classes, find,
                                     bandwidth=bandwidth, min_size=min_size, spacing_nm=tuple(spacing_nm))
-    return grow(ids, classes == BOUNDARY, grow_nm, tuple(spacing_nm)), class_of
+    landscape = probabilities[BOUNDARY].float().cpu().numpy() if use_boundary else None
+    return grow(ids, classes == BOUNDARY, grow_nm, tuple(spacing_nm), landscape), class_of
 
 
 def agglomerate(embedding, mask, boundary, bandwidth=0.5, min_size=50, spacing_nm=None):
@@ -54,10 +50,11 @@ def agglomerate(embedding, mask, boundary, bandwidth=0.5, min_size=50, spacing_n
     of their first voxels, each of min_size voxels at least.
 
     1. Fragments: the watershed of the boundary map over the mask and what separates it, from the places
-       deepest inside (Beucher & Meyer 1993), divided where clusters of the embedding meet.
+       deepest inside (Beucher & Meyer 1993).
     2. Fragments that touch are merged, least cost first, while it is below 1 (mean linkage).  The cost is
-       0.7 times the mean boundary probability over their faces, plus 0.6 times the length of the mean step
-       of the embedding across them, in bandwidths; weights fitted on validation sections.
+       EDGE times the mean boundary probability over their faces, plus STEP times the length of the mean step
+       of the embedding across them, in bandwidths; a mean boundary of WALL is a membrane, whatever the
+       embedding says.  The three were chosen on validation sections.
     3. What stays smaller than min_size goes to its cheapest neighbour, or without one to 0.
     """
     embedding, mask = torch.as_tensor(embedding), np.asarray(mask, dtype=bool)
@@ -66,8 +63,6 @@ def agglomerate(embedding, mask, boundary, bandwidth=0.5, min_size=50, spacing_n
         return np.zeros(mask.shape, np.int32)
     spacing = np.ones(3) if spacing_nm is None else np.asarray(spacing_nm) / min(spacing_nm)
     found = fragments(boundary, mask, spacing)
-    modes = find_modes(embedding, mask, bandwidth, torch.Generator().manual_seed(0))
-    found = divide(found, nearest_mode(embedding, mask, modes), boundary)
     reach = np.maximum(1, np.round(REACH / spacing)).astype(int)
     regions = Regions(face_sums(found, embedding, reach, boundary, mask), int(found.max()), len(embedding),
                       partial(cost_of, bandwidth=bandwidth))
@@ -100,18 +95,8 @@ def fragments(boundary, mask, spacing):
     return watershed(boundary, markers, mask=mask | (boundary >= 0.5)).astype(np.int32)
 
 
-def divide(found, clusters, boundary):
-    """Fragments int32 [D, H, W] cut where ``clusters`` (0: outside the mask) differ, in 6-connected pieces.
-
-    Voxels of a fragment outside the mask go to a piece inside by the watershed of the boundary.
-    """
-    pairs = np.where(clusters > 0, found.astype(np.int64) * (int(clusters.max()) + 1) + clusters, 0)
-    pieces = cc3d.connected_components(pairs, connectivity=6, out_dtype=np.uint32).astype(np.int32)
-    return watershed(boundary, pieces, mask=found > 0).astype(np.int32)
-
-
 def cost_of(sums, bandwidth):
     """Cost of a merge over faces of these sums; a step that could not be measured counts as one bandwidth."""
     *step, measured, edge, faces = sums
     length = np.linalg.norm(step) / measured / bandwidth if measured else 1.0
-    return EDGE * edge / faces + STEP * length
+    return max(EDGE * edge / faces + STEP * length, edge / faces / WALL)

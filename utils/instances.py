@@ -12,6 +12,7 @@ import cc3d
 import numpy as np
 import torch
 from scipy import ndimage
+from skimage.segmentation import watershed
 
 from utils.regions import Regions, face_sums, vectors_at
 
@@ -84,11 +85,12 @@ def cluster_classes(embedding, classes, instance_classes=(1, 2, 3), find=cluster
     return ids, np.array(class_of, np.uint8)
 
 
-def grow(ids, allowed, distance_nm, spacing_nm=(1.0, 1.0, 1.0)):
+def grow(ids, allowed, distance_nm, spacing_nm=(1.0, 1.0, 1.0), landscape=None):
     """Let instances grow into voxels of no instance, such as the boundary between them.
 
-    ids: int [D, H, W], 0 = none; allowed: bool [D, H, W]; distance_nm: how far, in the unit of spacing_nm
-    (voxels with the default).  A voxel takes the id that is nearest by the straight line.  Returns a copy.
+    ids: int [D, H, W], 0 = none; allowed: bool [D, H, W]; distance_nm: how far by the straight line, in the
+    unit of spacing_nm (voxels with the default).  A voxel takes the nearest id; with ``landscape``, such as
+    the probability [D, H, W] of a boundary, the one whose watershed reaches it.  Returns a copy.
     """
     ids = np.asarray(ids)
     empty = ids == 0
@@ -96,6 +98,8 @@ def grow(ids, allowed, distance_nm, spacing_nm=(1.0, 1.0, 1.0)):
         return ids.copy()
     distance, nearest = ndimage.distance_transform_edt(empty, sampling=spacing_nm, return_indices=True)
     taken = empty & allowed & (distance <= distance_nm)
+    if landscape is not None:
+        return watershed(landscape, ids, mask=~empty | taken).astype(ids.dtype)
     grown = ids.copy()
     grown[taken] = ids[tuple(axis[taken] for axis in nearest)]
     return grown
