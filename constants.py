@@ -348,9 +348,11 @@ PRESETS = {
         "VISTA_AUG_MISSING": 0.0, "VISTA_AUG_SHIFT": 0.0, "VISTA_AUG_DEFECTS": 0.0,
         "VISTA_AUG_NOISE_STD": 0.05, "EMA_DECAY": 0.99},
     "em_demo": {                 # minutes on two CPU cores
-        "VISTA_FEATURES": 8, "VISTA_HEAD_WIDTH": 16, "VISTA_PATCH_SIZE": [24, 96, 96], "VISTA_BATCH_SIZE": 1,
-        "VISTA_LR": 3e-3, "VISTA_EPOCHS": 4, "VISTA_CROPS_PER_EPOCH": 80, "VISTA_VAL_CROPS": 4,
-        "EMA_DECAY": 0.98},
+        "VISTA_ENCODER": "segresnet", "VISTA_FEATURES": 16, "VISTA_HEAD_WIDTH": 16, "VISTA_BATCH_SIZE": 1,
+        "VISTA_PATCH_SIZE": [16, 64, 64], "VISTA_LR": 3e-3, "VISTA_EPOCHS": 3, "VISTA_CROPS_PER_EPOCH": 200,
+        "VISTA_VAL_CROPS": 4, "VISTA_WEIGHT_EDGE": 3.0, "VISTA_WEIGHT_BONE": 1.0, "VISTA_CACHE_RATE": 1.0,
+        "VISTA_AUG_ELASTIC": 0.0, "VISTA_AUG_ANGLE": 0.0, "VISTA_AUG_MISSING": 0.0, "VISTA_AUG_SHIFT": 0.0,
+        "VISTA_AUG_DEFECTS": 0.0, "EMA_DECAY": 0.98},
     "brain_tiny": {              # 40 minutes of pretraining on 98 studies on two CPU cores
         "STUDY_VIT": "tiny", "JEPA_LR": 3e-4, "JEPA_START_LR": 5e-5, "JEPA_TEACHER_MOMENTUM": [0.998, 1.0],
         "JEPA_PREDICTOR_DIM": 192, "JEPA_PREDICTOR_HEADS": 6, "MIL_EPOCHS": 20, "MIL_LR": 1e-3,

@@ -62,6 +62,16 @@ def test_fragments_cover_the_mask_and_never_cross_a_full_wall():
     assert not set(np.unique(found[5:7, 18:22, 52:56])) & set(np.unique(found[mask & (ids == 1)]))
 
 
+def test_thick_sections_are_cut_one_by_one_and_joined_by_the_embedding():
+    """Where sections lie far apart no membrane is seen between cells that lie over each other."""
+    ids = np.ones((6, 30, 30), int)
+    ids[3:] = 2
+    embedding = (3.0 * (ids == 2) + 0.1 * np.random.default_rng(0).standard_normal((2, *ids.shape)))
+    mask, boundary = np.ones(ids.shape, bool), np.zeros(ids.shape, np.float32)
+    assert same_partition(agglomerate(embedding, mask, boundary, spacing_nm=(30, 6, 6)), ids, mask)
+    assert len(np.unique(agglomerate(embedding, mask, boundary))) == 1
+
+
 def test_small_pieces_join_the_nearest_or_vanish():
     """A piece below min_size has a neighbour to go to, or none."""
     embedding, boundary, _ = two_rooms()

@@ -271,3 +271,12 @@ def test_growing_without_instances_or_distance_changes_nothing():
     ids[0, 0, 0] = 4
     np.testing.assert_array_equal(grow(ids, np.zeros(ids.shape, bool), 5), ids)
     np.testing.assert_array_equal(grow(ids, np.ones(ids.shape, bool), 0), ids)
+
+
+def test_growing_along_a_landscape_meets_on_its_ridge():
+    """The ridge of a boundary, not the middle between two instances, and no farther than allowed."""
+    ids, ridge = np.zeros((1, 3, 13), np.int32), np.zeros((1, 3, 13), np.float32)
+    ids[..., 1], ids[..., 11], ridge[..., 8] = 1, 2, 1.0
+    found = grow(ids, np.ones(ids.shape, bool), 20, landscape=ridge)
+    assert (found[..., :8] == 1).all() and (found[..., 9:] == 2).all() and found.dtype == ids.dtype
+    assert not grow(ids, np.ones(ids.shape, bool), 3, landscape=ridge)[..., 5:8].any()

@@ -19,6 +19,7 @@ from datasets.em_labels import BOUNDARY
 from utils.instances import cluster_classes, cluster_embeddings, grow
 from utils.regions import Regions, face_sums
 
+THICK = 2.0                  # pixels between sections from which fragments are of one section each
 LEAST_DEPTH = 0.5            # pixels by which a seed's distance to the boundary rises above its surroundings
 REACH = 3                    # pixels on either side of a face between which the embedding is compared
 EDGE, STEP = 0.8, 0.4        # weights of the mean boundary probability, and of the mean step in bandwidths
@@ -80,8 +81,22 @@ def agglomerate(embedding, mask, boundary, bandwidth=0.5, min_size=50, spacing_n
 def fragments(boundary, mask, spacing):
     """Watershed basins of ``boundary`` over the mask and the boundary: int32 [D, H, W], 1..K, 0 elsewhere.
 
-    spacing: voxel size D, H, W, the smallest being 1.  Every 6-connected part of the mask has a seed.
+    spacing: voxel size D, H, W, the smallest being 1.  Every 6-connected part of the mask has a seed.  Where
+    sections are THICK pixels apart, each has basins of its own, over the mask alone: there a membrane that
+    runs aslant is missing from section to section, and one such place would make two cells one.
     """
+    if len(mask) == 1 or spacing[0] < THICK:
+        return basins(boundary, mask, spacing)
+    found, count = np.zeros(mask.shape, np.int32), 0
+    for z in range(len(mask)):
+        part = basins(boundary[z:z + 1], mask[z:z + 1], spacing)[0]
+        found[z] = np.where(mask[z], part + count, 0)         # faces of membranes say nothing
+        count = max(count, int(found[z].max()))
+    return found
+
+
+def basins(boundary, mask, spacing):
+    """Those of one block; arguments as those of fragments."""
     inside = mask & (boundary < 0.5)
     distance = edt.edt(inside, anisotropy=tuple(map(float, spacing)), black_border=False)
     distance[~np.isfinite(distance)] = float(max(mask.shape))                    # nothing but the mask
