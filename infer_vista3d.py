@@ -102,7 +102,7 @@ def build_predict(model, device, tta=False):
     def predict(images):
         with autocast(device, C.PRECISION):
             outputs = model(images[:, :, 0] if C.VISTA_SLICES else images)
-        logits, embedding = outputs["semantic"][:, :len(CLASSES)], outputs["embedding"].float()
+        logits, embedding = outputs["semantic"][:, :len(CLASSES)], outputs["embedding"]
         if C.VISTA_SLICES:
             logits, embedding = logits[:, :, None], embedding[:, :, None]
         if not (logits.isfinite().all() and embedding.isfinite().all()):
