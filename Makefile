@@ -27,7 +27,7 @@ demo-em: setup
 	$(BIN)/python prepare_data.py demo em
 	$(BIN)/python train_vista3d.py -p em_demo -n em_demo -c auto
 	$(BIN)/python infer_vista3d.py --checkpoint runs/em_demo/vista3d_best.pt \
-		--input data/demo/em/snemi3d/AC3_inputs.h5 --output predictions/em_demo.h5
+		--input data/demo/em/snemi3d/AC3_inputs.h5 --output predictions/em_demo.h5 --patch-size 40 160 160
 
 demo-leaf: setup
 	$(BIN)/python prepare_data.py demo leaves

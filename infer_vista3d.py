@@ -12,8 +12,8 @@ finished parts are in <output>.parts until the output is whole.
 """
 
 import argparse
-import functools
 import hashlib
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -37,8 +37,8 @@ from utils.parts import Parts
 from utils.sliding_window import predict_slabs, window_starts
 from utils.states import load_model_state
 from utils.stitching import Block, Grid, paint_row, stitch
+from utils.tta import mirror_mean
 
-CUBES = (10.0, 10.0, 10.0)            # nm: the voxel size where not even the checkpoint knows one
 MODES = {"instances": np.uint32, "classes": np.uint8, "probs": np.float16}
 
 
@@ -55,17 +55,17 @@ def parse_args():
     add("--stride", type=int, nargs=3, metavar=("D", "H", "W"), help="of the windows (default: half of them)")
     add("--aggregation", default="gaussian", choices=["gaussian", "average", "max"],
         help="how windows share a voxel's class probabilities (default: %(default)s)")
+    add("--tta", action="store_true", help="mean class probabilities of all mirror images: 8 times the work")
     add("--batch-size", type=int, default=4, help="windows at a time (default: %(default)s)")
     add("--class-id", type=int, metavar="N", help="instances of this class alone: " + ", ".join(
         f"{number} {CLASSES[number]}" for number in INSTANCE_CLASSES))
     add("--output-probs", action="store_true", help=f"class probabilities instead: {', '.join(CLASSES)}")
     add("--output-classes", action="store_true", help="the most probable class of each voxel instead")
     add("--bandwidth", type=float, default=0.5, help="radius of a cluster (default: %(default)s)")
-    add("--merge-threshold", type=float, default=0.5,
-        help="IoU that makes instances of two windows one, where both saw them (default: %(default)s)")
+    add("--merge-threshold", type=float, default=0.5, metavar="IOU",
+        help="that makes instances of two windows one, where both saw them (default: %(default)s)")
     add("--min-instance-size", type=int, default=50, metavar="VOXELS", help="(default: %(default)s)")
-    add("--grow", type=float, default=20.0, metavar="NM",
-        help="how far instances grow into the class boundary (default: %(default)s)")
+    add("--grow", type=float, default=20.0, metavar="NM", help="into the boundary (default: %(default)s)")
     add("--spacing-nm", type=float, nargs=3, metavar=("D", "H", "W"), help="voxel size (default: the file's)")
     add("--device", help='such as "cpu" (default: a GPU where there is one)')
     args = parser.parse_args()
@@ -96,7 +96,7 @@ def choose_windows(args, shape):
     return patch, stride, Grid(shape, patch, stride, margin)
 
 
-def build_predict(model, device):
+def build_predict(model, device, tta=False):
     """images [B, 1, D, H, W] in [0, 1] -> (probabilities [B, 5, D, H, W], embedding [B, E, D, H, W])."""
     @torch.inference_mode()
     def predict(images):
@@ -110,18 +110,17 @@ def build_predict(model, device):
         # Classes last: softmax over the second axis would copy what lies in channels_last.
         return logits.movedim(1, -1).softmax(-1, dtype=torch.float32).movedim(-1, 1), embedding
 
-    return predict
+    return partial(mirror_mean, predict) if tta else predict
 
 
 def open_parts(args, volume, patch, stride):
     """The folder of what is finished, for these settings alone."""
     with open(args.checkpoint, "rb") as file:
         checkpoint = hashlib.file_digest(file, "sha256").hexdigest()
+    words = ("mode", "aggregation", "class_id", "bandwidth", "min_instance_size", "grow", "spacing_nm", "tta")
     settings = {"input": str(args.input.resolve()), "input_key": volume.key, "shape": volume.shape,
-                "checkpoint": checkpoint, "patch": patch, "stride": stride, "mode": args.mode,
-                "aggregation": args.aggregation, "class_id": args.class_id, "bandwidth": args.bandwidth,
-                "min_instance_size": args.min_instance_size, "grow": args.grow,
-                "spacing_nm": args.spacing_nm}
+                "checkpoint": checkpoint, "patch": patch, "stride": stride,
+                **{word: getattr(args, word) for word in words}}
     if is_main():
         Parts(f"{args.output}.parts", settings)
     barrier()
@@ -144,7 +143,9 @@ def run_windows(volume, predict, patch, stride, grid, args, parts, device):
         start = done[start]
     low, high = intensity_range(volume)
     chosen = INSTANCE_CLASSES if args.class_id is None else (args.class_id,)
-    least = max(1, args.min_instance_size // 8)              # a window may see no more than an instance's end
+    whole = all(size >= n for size, n in zip(patch, volume.shape, strict=True))      # else ends may be all
+    least = args.min_instance_size if whole else max(1, args.min_instance_size // 8)  # that a window sees
+
     def keep_block(index, corner, outputs):
         """The instances of one window, without the rim that its neighbours see better."""
         if args.mode == "instances" and window_name(index) not in parts:
@@ -179,7 +180,7 @@ def paint_instances(grid, args, parts, writer):
     An instance keeps the voxels whose class, as all windows together see it, is its own, and those that it
     grew into.
     """
-    sections = functools.lru_cache(maxsize=1)(parts.sections)            # of the row of blocks that is read
+    sections = lru_cache(maxsize=1)(parts.sections)            # of the row of blocks that is read
 
     def read_block(index):
         """A block of the instances, their classes being what the blended probabilities say."""
@@ -229,16 +230,15 @@ def main():
     check_output(args.output, len(CLASSES) if args.mode == "probs" else None)
     volume = open_volume(args.input, args.input_key)
     spacing_nm = args.spacing_nm or volume.spacing_nm
-    args.spacing_nm = tuple(spacing_nm or checkpoint.get("spacing_nm", CUBES))
+    args.spacing_nm = tuple(spacing_nm or checkpoint["spacing_nm"])
     if spacing_nm is None and is_main():
-        print(f"{args.input} does not say its voxel size: taken for {args.spacing_nm} nm, as in training; "
-              "--spacing-nm sets it")
+        print(f"{args.input}: voxel size unknown, --spacing-nm sets it; as in training: {args.spacing_nm} nm")
     patch, stride, grid = choose_windows(args, volume.shape)
     parts = open_parts(args, volume, patch, stride)
     model = build_model()
     load_model_state(model, checkpoint.get("ema_state_dict") or checkpoint["model_state_dict"])
-    predict = build_predict(model.to(device).eval(), device)
-    run_windows(volume, predict, patch, stride, grid, args, parts, device)
+    run_windows(volume, build_predict(model.to(device).eval(), device, args.tta), patch, stride, grid, args,
+                parts, device)
     barrier()
     if is_main():
         write_output(volume, grid, args, parts, spacing_nm)

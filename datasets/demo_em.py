@@ -13,7 +13,7 @@ from datasets.em_phantom import tissue
 from utils.config import UserError
 
 LEAST = (8, 32)                                      # sections, pixels of a volume that shows something
-SNEMI3D_NM = (30.0, 6.0, 6.0)                        # as published; D, H, W
+SNEMI3D_NM = (12.0, 8.0, 8.0)                       # D, H, W; the published 30 nm take hours of training
 CREMI_NM = (40.0, 8.0, 8.0)                          # every other pixel of the published 4 nm
 MITOEM_NM = (30.0, 8.0, 8.0)                         # as published
 NO_CLEFT = np.uint64(0xFFFFFFFFFFFFFFFF)             # what CREMI writes where there is no cleft
@@ -50,10 +50,14 @@ def write_layout(job):
 
 
 def write_snemi3d(folder, name, block):
-    """<name>_inputs.h5 with the image and <name>_labels.h5 with the neurons, both under the key main."""
+    """<name>_inputs.h5 with the image and <name>_labels.h5 with the neurons, both under the key main.
+
+    The published files do not say the size of their voxels; these do, since it is another.
+    """
     for kind, array in (("inputs", block["raw"]), ("labels", block["neurons"])):
         with h5py.File(folder / f"{name}_{kind}.h5", "w") as file:
-            file.create_dataset("main", data=array, compression="gzip", compression_opts=2)
+            item = file.create_dataset("main", data=array, compression="gzip", compression_opts=2)
+            item.attrs["resolution"] = SNEMI3D_NM
 
 
 def write_cremi3d(folder, name, block):

@@ -20,7 +20,8 @@ class EMAugment:
 
     Probabilities, each of a crop; image and labels alike:
         flip      of mirroring each of the three axes
-        rotate    of turning in the plane: by a multiple of 90 degrees and by an angle within max_angle more
+        rotate    of turning in the plane: by a multiple of 90 degrees and by an angle within max_angle more;
+                  before it, a cube of cubic voxels has its axes put in any order: its sections are no others
         elastic   of bending each section in its plane; elastic_alpha, elastic_sigma: see bending
         shift     of misaligned sections, by at most max_shift pixels; see misalign
     Image only:
@@ -88,8 +89,8 @@ class EMAugment:
         image, labels = each(lambda array: np.flip(array, tuple(axes)), image, labels)
         offsets, angle = None, 0.0
         if self.happens("rotate", draws):
-            turns = draw_turns(image.shape, spacing_nm, draws["rotate"])
-            image, labels = each(lambda array: np.rot90(array, turns, (1, 2)), image, labels)
+            order, turns = draw_turns(image.shape, spacing_nm, draws["rotate"])
+            image, labels = each(lambda array: np.rot90(array.transpose(order), turns, (1, 2)), image, labels)
             angle = draws["rotate"].uniform(-self.max_angle, self.max_angle)
         if self.happens("elastic", draws):
             offsets = bending(image.shape, spacing_nm, self.elastic_alpha, self.elastic_sigma,
@@ -108,9 +109,13 @@ def each(change, image, labels):
 
 
 def draw_turns(shape, spacing_nm, rng):
-    """How many quarter turns: 1 to 3, or 2 where a quarter turn would change the size or the spacing."""
-    square = shape[1] == shape[2] and spacing_nm[1] == spacing_nm[2]
-    return int(rng.integers(1, 4)) if square else 2
+    """(order of the axes, quarter turns in the plane) that leave the size and the spacing as they are.
+
+    Turns are 1 to 3, or 2 where H and W differ; axes keep their places unless all three are alike.
+    """
+    sides = list(zip(shape, spacing_nm, strict=True))
+    order = tuple(rng.permutation(3)) if sides[0] == sides[1] == sides[2] else (0, 1, 2)
+    return order, int(rng.integers(1, 4)) if sides[1] == sides[2] else 2
 
 
 def bending(shape, spacing_nm, alpha, sigma, rng):

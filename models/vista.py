@@ -38,7 +38,7 @@ class Vista(nn.Module):
         self.checkpoint_activations = checkpoint_activations
         self.encoder = ENCODERS[encoder](dims, features, checkpoint_activations)
         self.semantic = head(dims, features, head_width, num_classes)
-        self.instance = head(dims, features, head_width, embedding)
+        self.instance = head(dims, features, head_width, embedding, convolutions=2)
 
     def forward(self, image):
         """image [B, 1, D, H, W] (dims 2: [B, 1, H, W]) in [0, 1], of any size -> dict of the same size:
@@ -58,14 +58,17 @@ class Vista(nn.Module):
         return {"semantic": run_blocks([self.semantic], features, recompute), "embedding": embedding}
 
 
-def head(dims, features, width, outputs):
-    """3-wide convolution, norm, ReLU, 1-wide convolution to the outputs.
+def head(dims, features, width, outputs, convolutions=1):
+    """Convolutions 3 wide, each with norm and ReLU, and one 1 wide to the outputs.
 
     GroupNorm, since batches hold one or two crops: a batch's statistics would be noise, and other ones in
     inference.  In groups of 8, since the norm of single channels would erase how much of a class there is.
     """
-    return nn.Sequential(CONV[dims](features, width, 3, padding=1, bias=False),
-                         nn.GroupNorm(width // 8, width), nn.ReLU(), CONV[dims](width, outputs, 1))
+    layers = []
+    for inputs in [features] + [width] * (convolutions - 1):
+        layers += [CONV[dims](inputs, width, 3, padding=1, bias=False),
+                   nn.GroupNorm(width // 8, width), nn.ReLU()]
+    return nn.Sequential(*layers, CONV[dims](width, outputs, 1))
 
 
 def add_coordinates(embedding, voxels):

@@ -1,5 +1,7 @@
 """Augmentation of EM crops: image and labels move as one, defects spare the labels, probabilities hold."""
 
+from functools import partial
+from itertools import permutations
 from pathlib import Path
 
 import numpy as np
@@ -120,6 +122,22 @@ def test_quarter_turns_keep_size_and_spacing(shape, spacing, turns):
         assert np.array_equal(out[1]["classes"], np.rot90(labels["classes"], turn, (1, 2)))
         seen.add(turn)
     assert seen == turns
+
+
+def test_a_cube_of_cubic_voxels_turns_about_every_axis():
+    """Isotropic tissue has no sections: any axis may be the first.  A cube of oblong voxels keeps its own."""
+    image, labels = crop((6, 6, 6))
+    ways = {(order, turn): partial(lambda order, turn, array: np.rot90(array.transpose(order), turn, (1, 2)),
+                                   order, turn) for order in permutations(range(3)) for turn in (1, 2, 3)}
+    for spacing, expected in (((8.0, 8.0, 8.0), set(ways)),
+                              ((8.0, 4.0, 4.0), {((0, 1, 2), turn) for turn in (1, 2, 3)})):
+        seen = set()
+        for seed in range(200):
+            turned, moved, _ = augment(image, labels, seed, spacing, rotate=1.0, max_angle=0.0)
+            (way,) = (way for way, turn in ways.items() if np.array_equal(turned, turn(image)))
+            assert np.array_equal(moved["classes"], ways[way](labels["classes"]))
+            seen.add(way)
+        assert seen == expected
 
 
 @pytest.mark.parametrize("mode", ["rotate", "elastic"])

@@ -161,33 +161,6 @@ def test_only_neighbours_compete_for_a_voxel_and_the_likest_takes_it():
         assert found.ravel().tolist() == [1, 1, 1, expected, 2, 2, 2, 0, 4, 0, 5, 5]
 
 
-@pytest.mark.parametrize("reach", [(1, 1, 1), (1, 2, 3)])
-def test_mean_steps_equal_loops_over_faces(reach):
-    """From the lower to the higher id, only where both ends lie in their own piece."""
-    pieces = ndimage.zoom(np.random.default_rng(0).integers(0, 5, (2, 3, 3)), 4, order=0).astype(np.int32)
-    data = np.random.default_rng(1).standard_normal((3, *pieces.shape)).astype(np.float32)
-    expected = {}
-    for place in np.ndindex(pieces.shape):
-        for axis in range(3):
-            low, high = np.array(place), np.array(place)
-            high[axis] += 1
-            if high[axis] == pieces.shape[axis]:
-                continue
-            a, b = int(pieces[tuple(low)]), int(pieces[tuple(high)])
-            low[axis] = max(low[axis] - reach[axis] + 1, 0)
-            high[axis] = min(high[axis] + reach[axis] - 1, pieces.shape[axis] - 1)
-            if a != b and a and b and pieces[tuple(low)] == a and pieces[tuple(high)] == b:
-                step = (data[:, *high] - data[:, *low]) * (1 if a < b else -1)
-                old, count = expected.get((min(a, b), max(a, b)), (0, 0))
-                expected[min(a, b), max(a, b)] = old + step, count + 1
-    found = {(a, b): (step, count) for a, b, step, count in
-             instances.mean_steps(pieces, torch.from_numpy(data), reach)}
-    assert set(found) == set(expected) and found
-    for pair, (step, count) in found.items():
-        np.testing.assert_allclose(step, expected[pair][0], atol=1e-4)
-        assert count == expected[pair][1]
-
-
 @pytest.mark.parametrize("shape", [(1, 40, 40), (40, 1, 40), (1, 1, 1), (2, 3, 60)])
 def test_flat_volumes_and_single_voxels(shape):
     """Slice mode has D = 1; blocks at the end of a volume have any size."""
@@ -298,3 +271,12 @@ def test_growing_without_instances_or_distance_changes_nothing():
     ids[0, 0, 0] = 4
     np.testing.assert_array_equal(grow(ids, np.zeros(ids.shape, bool), 5), ids)
     np.testing.assert_array_equal(grow(ids, np.ones(ids.shape, bool), 0), ids)
+
+
+def test_growing_along_a_landscape_meets_on_its_ridge():
+    """The ridge of a boundary, not the middle between two instances, and no farther than allowed."""
+    ids, ridge = np.zeros((1, 3, 13), np.int32), np.zeros((1, 3, 13), np.float32)
+    ids[..., 1], ids[..., 11], ridge[..., 8] = 1, 2, 1.0
+    found = grow(ids, np.ones(ids.shape, bool), 20, landscape=ridge)
+    assert (found[..., :8] == 1).all() and (found[..., 9:] == 2).all() and found.dtype == ids.dtype
+    assert not grow(ids, np.ones(ids.shape, bool), 3, landscape=ridge)[..., 5:8].any()

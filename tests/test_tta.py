@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy import ndimage
 
-from utils.tta import predict_tta
+from utils.tta import mirror_mean, predict_tta
 
 
 @pytest.fixture
@@ -74,3 +74,20 @@ def test_the_same_call_gives_the_same_maps(pair):
 def test_no_view_is_refused(pair):
     with pytest.raises(ValueError, match="at least 1"):
         predict_tta(subtract, *pair, n=0)
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_mirror_images_are_averaged_where_they_belong(depth):
+    """A map that grows along an axis is level in the mean; the embedding is that of the image itself."""
+    seen = []
+
+    def predict(images):
+        seen.append(images)
+        ramp = sum(torch.arange(n).view([n if a == axis else 1 for a in range(5)]) for axis, n in
+                   enumerate(images.shape) if axis > 1)
+        return images + ramp, images
+
+    images = torch.randn(2, 1, depth, 4, 5)
+    mean, embedding = mirror_mean(predict, images)
+    assert len(seen) == (8 if depth > 1 else 4) and embedding is images
+    torch.testing.assert_close(mean, images + (depth - 1 + 3 + 4) / 2)

@@ -141,7 +141,7 @@ def test_validation_clusters_by_its_settings(train_vista, monkeypatch):
     monkeypatch.setattr(train_vista3d, "write_history", lambda *values: None)
     common = ["VISTA_EPOCHS=1", "VISTA_LR=1e-2", "VISTA_UPDATE_EVERY_BATCHES=1"]
     scores = {option: history(train_vista(f"run{number}", *common, option))[0]["val/voi"]
-              for number, option in enumerate(["SEED=0", "VISTA_BANDWIDTH=0.05", "VISTA_MIN_INSTANCE=3000"])}
+              for number, option in enumerate(["SEED=0", "VISTA_BANDWIDTH=0.005", "VISTA_MIN_INSTANCE=9999"])}
     assert len(set(scores.values())) == 3
 
 
@@ -167,7 +167,7 @@ def test_every_preset_of_the_guide_runs(preset, script, em_demo, tmp_path):
     assert checkpoint["constants"]["VISTA_SLICES"] == (preset == "snemi2d")
 
 
-def know_all(model, device):
+def know_all(model, device, tta):
     """A network that is right about every voxel, in embeddings that no two windows share a frame of."""
     turn = torch.Generator().manual_seed(0)
 
@@ -201,7 +201,7 @@ def test_instances_are_stitched_over_windows_that_share_no_frame(learnt, infer, 
     """Each brick becomes one instance, whichever windows saw a part of it, though embeddings disagree."""
     source, truth = easy
     found = read(infer(learnt / f"{KIND}_best.pt", "--patch-size", 16, 32, 32, "--grow", 0,
-                       "--min-instance-size", 1, source=source))
+                       "--spacing-nm", 40, 10, 10, "--min-instance-size", 1, source=source))
     assert found.dtype == np.uint32 and np.array_equal(found > 0, truth > 0)
     error = adapted_rand_error(truth, found)[0]
     assert error < 0.06, error                         # the rule of stitching would rather cut than join
@@ -257,7 +257,8 @@ def test_output_of_every_kind_holds_the_same_instances(suffix, learnt, infer, ea
 def test_each_option_of_inference_does_something(learnt, infer, easy):
     """The guide's options one by one: none leaves the instances as they were."""
     def find(*words, key="segmentation"):
-        path = infer(learnt / f"{KIND}_best.pt", "--patch-size", 16, 32, 32, *words, source=easy[0])
+        path = infer(learnt / f"{KIND}_best.pt", "--patch-size", 16, 32, 32, "--spacing-nm", 40, 10, 10,
+                     *words, source=easy[0])
         return read(path, key)
 
     plain = find()
@@ -269,12 +270,14 @@ def test_each_option_of_inference_does_something(learnt, infer, easy):
 
 
 def test_probabilities_and_classes_come_from_blended_windows(learnt, infer):
-    """--output-probs, --output-classes and --aggregation with a real network."""
+    """--output-probs, --output-classes, --aggregation and --tta with a real network."""
     checkpoint, small = learnt / f"{KIND}_best.pt", ["--patch-size", 8, 32, 32]
     blends = [read(infer(checkpoint, *small, "--output-probs", "--aggregation", word))
               for word in ("gaussian", "average", "max")]
     assert all(blend.shape == (5, 40, 48, 52) and np.allclose(blend.sum(0), 1, atol=0.01) for blend in blends)
     assert not np.array_equal(blends[0], blends[1]) and not np.array_equal(blends[1], blends[2])
+    mirrored = read(infer(checkpoint, *small, "--output-probs", "--tta"))
+    assert not np.array_equal(mirrored, blends[0]) and np.allclose(mirrored.sum(0), 1, atol=0.01)
     classes = read(infer(checkpoint, *small, "--output-classes"))
     assert classes.dtype == np.uint8 and (classes == blends[0].argmax(0)).mean() > 0.99
 

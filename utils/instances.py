@@ -6,13 +6,15 @@ across membranes, drift along large instances, and some neighbours stay near.  S
 what the embedding does across the faces between their connected pieces decides which are instances.
 """
 
-import heapq
 import itertools
 
 import cc3d
 import numpy as np
 import torch
 from scipy import ndimage
+from skimage.segmentation import watershed
+
+from utils.regions import Regions, face_sums, vectors_at
 
 POINTS = 20_000              # voxels in which clusters are looked for
 CANDIDATES = 3 * POINTS      # drawn for them: those are taken whose neighbours differ the least
@@ -83,11 +85,12 @@ def cluster_classes(embedding, classes, instance_classes=(1, 2, 3), find=cluster
     return ids, np.array(class_of, np.uint8)
 
 
-def grow(ids, allowed, distance_nm, spacing_nm=(1.0, 1.0, 1.0)):
+def grow(ids, allowed, distance_nm, spacing_nm=(1.0, 1.0, 1.0), landscape=None):
     """Let instances grow into voxels of no instance, such as the boundary between them.
 
-    ids: int [D, H, W], 0 = none; allowed: bool [D, H, W]; distance_nm: how far, in the unit of spacing_nm
-    (voxels with the default).  A voxel takes the id that is nearest by the straight line.  Returns a copy.
+    ids: int [D, H, W], 0 = none; allowed: bool [D, H, W]; distance_nm: how far by the straight line, in the
+    unit of spacing_nm (voxels with the default).  A voxel takes the nearest id; with ``landscape``, such as
+    the probability [D, H, W] of a boundary, the one whose watershed reaches it.  Returns a copy.
     """
     ids = np.asarray(ids)
     empty = ids == 0
@@ -95,15 +98,11 @@ def grow(ids, allowed, distance_nm, spacing_nm=(1.0, 1.0, 1.0)):
         return ids.copy()
     distance, nearest = ndimage.distance_transform_edt(empty, sampling=spacing_nm, return_indices=True)
     taken = empty & allowed & (distance <= distance_nm)
+    if landscape is not None:
+        return watershed(landscape, ids, mask=~empty | taken).astype(ids.dtype)
     grown = ids.copy()
     grown[taken] = ids[tuple(axis[taken] for axis in nearest)]
     return grown
-
-
-def vectors_at(embedding, places):
-    """Embeddings float32 [N, E] on the CPU at places int64 [3, N]."""
-    z, y, x = torch.from_numpy(places).to(embedding.device)
-    return embedding[:, z, y, x].T.float().cpu()
 
 
 def find_modes(embedding, mask, bandwidth, generator):
@@ -248,53 +247,11 @@ def merge_alike(pieces, embedding, reach, threshold):
     a vector from one piece to the other: in its mean over their faces noise cancels, a membrane does not.
     Pieces that merge add their faces up, so one weak spot between two instances is outvoted by the rest.
     """
-    around = [{} for _ in range(int(pieces.max()) + 1)]          # id -> {other: (sum of steps, faces)}
-    queue = []
+    def cost(sums):
+        *step, measured, _, _ = sums
+        length = np.linalg.norm(step) / measured if measured >= LEAST_FACES else np.inf
+        return length / threshold if length < threshold else np.inf
 
-    def touch(a, b, step, count):
-        around[a][b], around[b][a] = (step, count), (-step, count)
-        size = float(np.linalg.norm(step)) / count
-        if count >= LEAST_FACES and size < threshold:
-            heapq.heappush(queue, (size, count, min(a, b), max(a, b)))
-
-    for a, b, step, count in mean_steps(pieces, embedding, reach):
-        touch(a, b, step, count)
-    owner = np.arange(len(around), dtype=np.int32)
-    while queue:
-        _, count, a, b = heapq.heappop(queue)
-        if b not in around[a] or around[a][b][1] != count:       # merged since, or with more faces
-            continue
-        owner[owner == b] = a
-        del around[a][b], around[b][a]
-        for c, (step, count) in around[b].items():
-            del around[c][b]
-            known, faces = around[a].get(c, (0, 0))
-            touch(a, c, step + known, count + faces)
-        around[b] = {}
-    return owner[pieces]
-
-
-def mean_steps(pieces, embedding, reach):
-    """List of (a, b, sum of the steps from a to b [E], faces measured) of touching ids, a < b."""
-    ids, total = int(pieces.max()) + 1, {}
-    for axis in range(3):
-        part = np.moveaxis(pieces, axis, 0)
-        touch = np.moveaxis((part[1:] != part[:-1]) & (part[1:] > 0) & (part[:-1] > 0), 0, axis)
-        at = np.flatnonzero(touch)
-        for start in range(0, len(at), CHUNK // 4):
-            low = np.stack(np.unravel_index(at[start:start + CHUNK // 4], touch.shape))
-            high = low.copy()
-            high[axis] += 1
-            a, b = pieces[tuple(low)].astype(np.int64), pieces[tuple(high)].astype(np.int64)
-            low[axis] = np.maximum(low[axis] - reach[axis] + 1, 0)
-            high[axis] = np.minimum(high[axis] + reach[axis] - 1, pieces.shape[axis] - 1)
-            inside = (pieces[tuple(low)] == a) & (pieces[tuple(high)] == b)
-            low, high, a, b = low[:, inside], high[:, inside], a[inside], b[inside]
-            step = (vectors_at(embedding, high) - vectors_at(embedding, low)).numpy()         # [N, E]
-            row = np.column_stack([step * np.where(a < b, 1, -1)[:, None], np.ones(len(step))])
-            key, back = np.unique(np.minimum(a, b) * ids + np.maximum(a, b), return_inverse=True)
-            sums = np.zeros((len(key), row.shape[1]))
-            np.add.at(sums, back, row)
-            for one, values in zip(key.tolist(), sums, strict=True):
-                total[one] = total.get(one, 0) + values
-    return [(key // ids, key % ids, row[:-1], int(row[-1])) for key, row in total.items()]
+    regions = Regions(face_sums(pieces, embedding, reach), int(pieces.max()), len(embedding), cost)
+    regions.merge()
+    return regions.owner.astype(np.int32)[pieces]

@@ -1,5 +1,6 @@
-"""Test-time augmentation: the mean of several views of a pair, and how much they disagree."""
+"""Test-time augmentation: the mean of several views of a pair, or of the mirror images of a volume."""
 
+import itertools
 import math
 
 import numpy as np
@@ -60,3 +61,17 @@ def grid_of(theta, images):
 def warp(images, theta):
     """Images [B, 1, H, W] seen through theta; outside the frame the edge is repeated."""
     return F.grid_sample(images, grid_of(theta, images), padding_mode="border", align_corners=False)
+
+
+def mirror_mean(predict, images):
+    """Class probabilities averaged over the mirror images along every axis of more than one voxel.
+
+    predict(images [B, 1, D, H, W]) -> (probabilities [B, C, D, H, W], embedding [B, E, D, H, W]).  Returns
+    both; the embedding is that of the images as they are, since those of two views share no frame.
+    """
+    axes = [axis for axis in (2, 3, 4) if images.shape[axis] > 1]
+    total, embedding = predict(images)
+    for count in range(1, len(axes) + 1):
+        for chosen in itertools.combinations(axes, count):
+            total = total + predict(images.flip(chosen))[0].flip(chosen)
+    return total / 2 ** len(axes), embedding
