@@ -36,7 +36,7 @@ def untrained(tmp_path):
     constants = {"VISTA_ENCODER": "segresnet", "VISTA_FEATURES": 8, "VISTA_HEAD_WIDTH": 8,
                  "VISTA_EMBEDDING": int(constants["VISTA_EMBEDDING"]), "VISTA_PATCH_SIZE": [8, 32, 32],
                  "PRECISION": "fp32"}
-    save_checkpoint(tmp_path / "net.pt", kind="vista3d", constants=constants,
+    save_checkpoint(tmp_path / "net.pt", kind="vista3d", constants=constants, spacing_nm=[30, 6, 6],
                     model_state_dict=Vista(3, "segresnet", 8, 16, 4, 8).state_dict())
     return tmp_path / "net.pt"
 

@@ -130,6 +130,11 @@ def cut(sections, y, x, patch, scale):
     return np.asarray(window if scale is None else scale(window), dtype=np.float32)
 
 
+def channels_last(channels, extent, device):
+    """Zeros [C, *extent] whose channels lie side by side in memory, as channels_last networks give them."""
+    return torch.zeros(*extent, channels, device=device).movedim(-1, 0)
+
+
 class Blend:
     """Weighted sums of windows that come in the order of (z, y, x), and the slab that they settle.
 
@@ -150,9 +155,9 @@ class Blend:
         self.carries, extent = [], [*self.size]
         for axis in (2, 1, 0):
             extent[axis] = self.size[axis] - min(self.steps[axis])
-            self.carries.insert(0, torch.zeros(channels, *extent, device=device))
+            self.carries.insert(0, channels_last(channels, extent, device))
             extent[axis] = shape[axis]
-        self.window = torch.empty(channels, *self.size, device=device)
+        self.window = channels_last(channels, self.size, device)
         self.slab, self.shape, self.totals = None, shape, {}
 
     @torch.no_grad()
