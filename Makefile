@@ -1,6 +1,7 @@
 # make demo   trains the chest X-ray model on small demo data and shows what changed: about 5 minutes on 2 cores
 # make demo-brain   the same for brain studies: pretrains, classifies, judges; about 3 minutes
 # make demo-em   the same for electron microscopy: trains, segments a volume never seen; about 4 minutes
+# make demo-leaf   the same for photographs of leaves: pretrains, classifies, judges; about 4 minutes
 # make test   every test
 # Each makes .venv first when it is missing.
 
@@ -8,7 +9,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SETUP := .venv/installed
 
-.PHONY: demo demo-brain demo-em test setup lint bench clean
+.PHONY: demo demo-brain demo-em demo-leaf test setup lint bench clean
 
 demo: setup
 	$(BIN)/python longitudinal_MIM_training.py -p demo -n demo -c auto
@@ -27,6 +28,14 @@ demo-em: setup
 	$(BIN)/python train_vista3d.py -p em_demo -n em_demo -c auto
 	$(BIN)/python infer_vista3d.py --checkpoint runs/em_demo/vista3d_best.pt \
 		--input data/demo/em/snemi3d/AC3_inputs.h5 --output predictions/em_demo.h5 --patch-size 40 160 160
+
+demo-leaf: setup
+	$(BIN)/python prepare_data.py demo leaves
+	$(BIN)/python train_pretrain.py --method simclr -p leaf_demo -n leaf_demo -c auto
+	$(BIN)/python train_finetune.py --task hvit -p leaf_demo -n leaf_classes_demo -c auto \
+		--init runs/leaf_demo/simclr_best.pt
+	$(BIN)/python evaluate.py --checkpoint runs/leaf_classes_demo/hvit_best.pt --tta \
+		--output predictions/leaf_classes_demo
 
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto

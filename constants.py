@@ -7,6 +7,7 @@
     15 JEPA   16 JEPA's schedule and predictor   17 JEPA's masks
     Study classification (MIL): 18 training   19 network and loss
     Electron microscopy (Vista): 20 data   21 augmentation   22 network   23 training   24 losses, instances
+    Photographs: 25 data and network   26 SimCLR   27 its views   28 HViT   29 its loss, augmentation
 
 Literals only.  For one run, ``-p PRESET`` overrides the values here and ``--set NAME=VALUE`` overrides both;
 the values used are written to ``training_params.json``.
@@ -60,6 +61,7 @@ RESTART_T_MULT = 2               # cosine_restarts: growth of the cycles
 DEMO_DIR = "data/demo"           # made on first use
 DEMO_STUDIES = 12                # invented brain studies, two thirds MRI and one third CT
 DEMO_EM_SIZE = [40, 160]         # sections and pixels per side of the invented EM volumes
+DEMO_LEAVES = 64                 # invented photographs of each of five classes of leaves
 DEMO_SIZE = 128                  # pixels per side of the pairs, and about the width of the X-rays
 DEMO_PATIENTS = 40               # invented ones
 DEMO_PAIRS_PER_PATIENT = 10      # shared out among the two images of a patient; odd numbers are rounded up
@@ -319,6 +321,76 @@ VISTA_BANDWIDTH = 0.5            # validation: radius of a cluster of embeddings
 VISTA_MIN_INSTANCE = 50          # validation: voxels of the smallest instance
 VISTA_GROW_NM = 20.0             # validation: how far instances grow into the class boundary
 
+# --------------------- 25 Photographs (SimCLR, HViT): data and network
+HVIT_IMG_SIZE = 256              # pixels per side of what the network sees; any size
+HVIT_FIT = "crop"                # "crop": a square of the photograph | "squash": all of it, out of shape
+HVIT_CACHE_RATE = 0.0            # share of the photographs kept in memory, decoded and resized, 0 to 1
+HVIT_VAL_FRACTION = 0.15         # of the photographs, in whole groups of copies, alike in each class
+HVIT_TEST_FRACTION = 0.15        # the same; never seen by training
+HVIT_SPLIT_CSV = ""              # columns path, split (train|val|test), as a run's splits.csv; "": by SEED
+HVIT_HASH_DISTANCE = 8           # bits of 63 up to which two photographs are copies; -1: by names alone
+HVIT_MODEL = "hvit_small"        # "hvit_tiny" | "hvit_small" | "hvit_base" | "resnet50" | "swin_t"
+# | "efficientnet_b0" .. "efficientnet_b7"
+HVIT_WEIGHTS = ""                # torchvision's file for one of its networks (.pth); "": random, or --init
+HVIT_DROP_PATH = 0.2             # of whole residual branches, at the last block; less before
+HVIT_DROPOUT = -1.0              # of swin_t, efficientnet; below 0: the network's own
+HVIT_SPECTRAL_CHANNELS = 0       # bands of the <name>_spectral.npy or .tif beside each photograph
+HVIT_DFCA = False                # fuse them by cross-attention after each stage; else they are added once
+HVIT_DFCA_HEADS = 12             # attention heads of that
+HVIT_DFCA_DROPOUT = 0.1          # dropout of that
+
+# ------------------ 26 SimCLR (train_pretrain.py --method simclr): training
+SIMCLR_EPOCHS = 100              # passes over the training photographs
+SIMCLR_BATCH_SIZE = 64           # photographs per rank and micro-batch; all ranks' are told apart
+SIMCLR_UPDATE_EVERY_BATCHES = 1  # micro-batches per optimizer step; adds no negatives
+SIMCLR_LR = 3e-4                 # peak learning rate
+SIMCLR_WEIGHT_DECAY = 1e-4       # of sgd, adam, adamw
+SIMCLR_SCHEDULE = "cosine"       # as SCHEDULE
+SIMCLR_WARMUP_STEPS = 0.1        # cosine: steps, or a fraction below 1: 10 of 100 epochs
+SIMCLR_FINAL_LR = 0.0            # cosine, cosine_restarts: lowest rate
+SIMCLR_TEMPERATURE = 0.07        # of the similarities in the loss
+SIMCLR_PROJECTION_DIM = 128      # width of what is compared
+SIMCLR_PROBE_EVERY = 10          # epochs between probes of frozen features, where there are classes; 0: never
+
+# ----------------------------------------- 27 SimCLR: views, drawn per image
+SIMCLR_CROP_SCALE = [0.2, 1.0]   # area of a crop, of the image
+SIMCLR_FLIP = 0.5                # probability of mirroring left and right
+SIMCLR_JITTER = 0.8              # probability of the next four together
+SIMCLR_BRIGHTNESS = 0.8          # limit of the factor's distance from 1
+SIMCLR_CONTRAST = 0.8            # the same
+SIMCLR_SATURATION = 0.8          # the same
+SIMCLR_HUE = 0.2                 # limit of the turn, of the whole circle
+SIMCLR_GRAYSCALE = 0.2           # probability of losing the colours
+SIMCLR_BLUR = 0.5                # probability of a Gaussian blur
+SIMCLR_BLUR_SIGMA = [0.1, 2.0]   # pixels: least and largest standard deviation of it
+
+# ------------------- 28 HViT (train_finetune.py --task hvit): training
+HVIT_EPOCHS = 100                # passes over the training photographs
+HVIT_BATCH_SIZE = 32             # photographs per rank and micro-batch
+HVIT_UPDATE_EVERY_BATCHES = 1    # micro-batches per optimizer step
+HVIT_LR = 1e-4                   # peak learning rate of the head
+HVIT_LAYER_DECAY = 1.0           # rate of each of six parts / that of the part above it, the head on top
+HVIT_FREEZE_EPOCHS = 0           # first epochs in which the head alone is trained
+HVIT_WEIGHT_DECAY = 0.01         # of sgd, adam, adamw
+HVIT_SCHEDULE = "cosine"         # as SCHEDULE
+HVIT_WARMUP_STEPS = 0.05         # cosine: steps, or a fraction below 1: 5 of 100 epochs
+HVIT_FINAL_LR = 0.0              # cosine, cosine_restarts: lowest rate
+HVIT_PATIENCE = 15               # epochs without a better HVIT_MONITOR that end the run; 0: never
+HVIT_MONITOR = "val/f1_macro"    # the metric of hvit_best.pt, KEEP_TOP_K and HVIT_PATIENCE
+HVIT_MONITOR_MODE = "max"        # "min" | "max"
+
+# ----------------------------------- 29 HViT: loss and augmentation
+HVIT_LOSS = "combined"           # "ce" | "focal" | "combined": half of each
+HVIT_FOCAL_GAMMA = 2.0           # focal, combined: how much less a right and sure answer counts
+HVIT_LABEL_SMOOTHING = 0.1       # ce, combined: share of a target spread over all classes
+HVIT_BALANCE = "none"            # | "weights": loss by n / (C x count) | "sampler": classes drawn alike
+HVIT_SEVERITY = "moderate"       # "light": crop, flip | "moderate": + colours, blur, rotation
+# | "aggressive": + RandAugment, Cutout, grid distortion
+HVIT_MIXUP_PROB = 0.4            # of a batch
+HVIT_MIXUP_ALPHA = 0.8           # its shares are drawn from Beta(alpha, alpha)
+HVIT_CUTMIX_PROB = 0.4           # of a batch; with HVIT_MIXUP_PROB at most 1
+HVIT_CUTMIX_ALPHA = 1.0          # its areas are drawn from Beta(alpha, alpha)
+
 # A preset is chosen with -p NAME; it overrides the values above.
 PRESETS = {
     "snemi2d": {                 # slices
@@ -366,6 +438,32 @@ PRESETS = {
         "JEPA_PREDICTOR_DIM": 128, "JEPA_PREDICTOR_DEPTH": 2, "JEPA_PREDICTOR_HEADS": 4,
         "MIL_EPOCHS": 20, "MIL_ATTENTION_DIM": 64, "MIL_MLP_DIMS": [64], "MIL_LR": 1e-3, "EMA_DECAY": 0.9,
         "MIL_MONITOR": "val/loss", "MIL_MONITOR_MODE": "min"},
+    "hvit_pretrain": {           # train_pretrain.py --method simclr
+        "HVIT_MODEL": "hvit_small", "HVIT_IMG_SIZE": 256, "SIMCLR_EPOCHS": 100, "SIMCLR_BATCH_SIZE": 64,
+        "SIMCLR_LR": 3e-4, "SIMCLR_WEIGHT_DECAY": 1e-4, "SIMCLR_WARMUP_STEPS": 0.1,
+        "SIMCLR_TEMPERATURE": 0.07, "SIMCLR_PROJECTION_DIM": 128, "ACTIVATION_CHECKPOINTING": True},
+    "hvit_finetune": {           # train_finetune.py --task hvit
+        "HVIT_MODEL": "hvit_small", "HVIT_IMG_SIZE": 256, "HVIT_DROP_PATH": 0.2, "HVIT_EPOCHS": 100,
+        "HVIT_BATCH_SIZE": 32, "HVIT_LR": 1e-4, "HVIT_WEIGHT_DECAY": 0.01, "HVIT_WARMUP_STEPS": 0.05,
+        "USE_EMA": True, "EMA_DECAY": 0.9999, "HVIT_MIXUP_ALPHA": 0.8, "HVIT_CUTMIX_ALPHA": 1.0,
+        "HVIT_LOSS": "combined", "HVIT_FOCAL_GAMMA": 2.0, "HVIT_LABEL_SMOOTHING": 0.1,
+        "HVIT_SEVERITY": "moderate"},
+    "leaf_small": {              # 40 minutes on two CPU cores, for some hundred photographs
+        "HVIT_MODEL": "hvit_tiny", "HVIT_IMG_SIZE": 128, "HVIT_CACHE_RATE": 1.0, "HVIT_DROP_PATH": 0.1,
+        "SIMCLR_EPOCHS": 150, "SIMCLR_BATCH_SIZE": 32, "SIMCLR_LR": 2e-4, "SIMCLR_TEMPERATURE": 0.2,
+        "SIMCLR_BRIGHTNESS": 0.4, "SIMCLR_CONTRAST": 0.4, "SIMCLR_SATURATION": 0.2, "SIMCLR_HUE": 0.02,
+        "SIMCLR_GRAYSCALE": 0.0,        # colours tell diseases: a network that must not see them cannot
+        "HVIT_EPOCHS": 60, "HVIT_LR": 2e-4, "HVIT_WEIGHT_DECAY": 0.05, "HVIT_WARMUP_STEPS": 0.1,
+        "HVIT_PATIENCE": 0, "HVIT_LAYER_DECAY": 0.8, "HVIT_MIXUP_PROB": 0.25, "HVIT_CUTMIX_PROB": 0.25,
+        "HVIT_TEST_FRACTION": 0.25, "EMA_DECAY": 0.99, "SAVE_EVERY_EPOCHS": 0, "KEEP_TOP_K": 1},
+    "leaf_demo": {               # minutes on two CPU cores; so few leaves are too few for a transformer
+        "HVIT_MODEL": "efficientnet_b0", "HVIT_IMG_SIZE": 96, "HVIT_CACHE_RATE": 1.0, "HVIT_DROP_PATH": 0.0,
+        "SIMCLR_EPOCHS": 8, "SIMCLR_BATCH_SIZE": 32, "SIMCLR_LR": 1e-3, "SIMCLR_TEMPERATURE": 0.2,
+        "SIMCLR_BRIGHTNESS": 0.4, "SIMCLR_CONTRAST": 0.4, "SIMCLR_SATURATION": 0.2, "SIMCLR_HUE": 0.02,
+        "SIMCLR_GRAYSCALE": 0.0, "SIMCLR_PROBE_EVERY": 2,
+        "HVIT_EPOCHS": 15, "HVIT_BATCH_SIZE": 16, "HVIT_LR": 3e-3, "HVIT_WARMUP_STEPS": 0.1,
+        "HVIT_PATIENCE": 0, "HVIT_MIXUP_PROB": 0.0, "HVIT_CUTMIX_PROB": 0.0, "HVIT_SEVERITY": "light",
+        "EMA_DECAY": 0.95},
     "demo": {                    # the smallest useful run: minutes on two CPU cores
         "EFFICIENTNET": "b0", "VIT": "tiny", "IMG_SIZE": 128, "MASK_PATCH_SIZE": 32, "BATCH_SIZE": 8,
         "UPDATE_EVERY_BATCHES": 1, "LONGITUDINAL_MIM_EPOCHS": 8, "MAX_LR": 1e-3, "MASK_PROB_HIGH": 0.2,

@@ -1,7 +1,7 @@
 """Make data for training: demo sets, downloads, caches of brain studies, pairs with a known difference map.
 
     python prepare_data.py demo
-    python prepare_data.py demo studies
+    python prepare_data.py demo studies leaves
     python prepare_data.py download snemi3d --output data
     python prepare_data.py cache --data my_studies --output data/cache --workers 8
     python prepare_data.py cache --data my_studies --output data/cache --modes data/cache/mode_mapping.csv
@@ -21,6 +21,7 @@ import constants as C
 from datasets.cache import INDEX, write_cache
 from datasets.demo import write_longitudinal_demo
 from datasets.demo_em import write_em_demo
+from datasets.demo_leaves import make_leaves
 from datasets.demo_studies import write_demo_studies
 from datasets.download import DATASETS, download
 from datasets.drr import write_ct_pairs
@@ -150,6 +151,11 @@ def make_em_demo():
     return write_em_demo(Path(C.DEMO_DIR) / "em", tuple(C.DEMO_EM_SIZE), C.SEED, C.NUM_WORKERS)
 
 
+def make_leaf_demo():
+    """Write the demonstration photographs below DEMO_DIR, unless there; returns their folder."""
+    return make_leaves(Path(C.DEMO_DIR) / "leaves", C.DEMO_LEAVES, seed=C.SEED, workers=C.NUM_WORKERS)
+
+
 def study_paths(data):
     """(cache, CSV of labels or ""): of --data, or of the demonstration studies, which rank 0 makes.
 
@@ -216,7 +222,8 @@ def make_pairs(args):
     print(f"Pairs: {args.output}")
 
 
-DEMOS = {"longitudinal": make_longitudinal_demo, "studies": make_study_demo, "em": make_em_demo}
+DEMOS = {"longitudinal": make_longitudinal_demo, "studies": make_study_demo, "em": make_em_demo,
+         "leaves": make_leaf_demo}
 COMMANDS = {"demo": make_demo, "download": make_download, "cache": make_cache, "pairs": make_pairs}
 
 

@@ -7,9 +7,13 @@
         --set STUDY_LABELS=labels.csv                                                              # resume
     torchrun --nproc_per_node=4 train_finetune.py --task mil -n findings --data data/cache ...
 
+    python train_finetune.py --task hvit -p leaf_demo -n classes --init runs/leaves/simclr_best.pt  # demo
+
 --task mil   findings of a brain study from all of its series: a frozen or trainable token transformer, and
              attention pooling over the study (multiple-instance learning).  Settings: constants.py, sections
              12 to 14, 18 and 19.  Labels: a CSV with study_id and a column per label; empty is unknown.
+--task hvit  classes of photographs: the hierarchical vision transformer, or one of torchvision's networks.
+             Data: a folder per class, or a CSV with path and label.  Settings: sections 25, 28 and 29.
 """
 
 import math
@@ -18,32 +22,33 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
-from torch.utils.data import Dataset
+import torch.nn.functional as F
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+import builders
 import constants as C
-from datasets.cache import read_cache
-from datasets.labels import read_labels
+from datasets.photo_augment import PhotoAugment, denormalise, evaluation_view, mix
 from datasets.studies import ragged_collate, split_studies
-from losses.classification import classification_loss
-from models.mil import StudyClassifier, build_pooler
+from losses.classification import check_photo_loss, class_weights, classification_loss, photo_loss
 from prepare_data import study_paths
-from train_pretrain import build_loader, build_token_vit, study_set
 from utils import config, distributed, states
-from utils.attention_maps import attention_sheet, token_map, token_volume
-from utils.checkpoint import load_backbone, save_checkpoint
+from utils.attention_maps import draw_attention
+from utils.checkpoint import save_checkpoint
 from utils.classification import StudyMetrics
 from utils.device import autocast, to_device
 from utils.ema import EMA
 from utils.history import Trackers, batch_line, epoch_line, progress_bar, write_history
 from utils.interrupts import Interrupts
-from utils.optim import build_optimizer, parameter_groups
-from utils.runs import check_finite, is_better, keep_checkpoint, open_run, resume_position
-from utils.schedules import accumulation_group, build_scheduler, go_to_step
+from utils.optim import drop_frozen_, parameter_groups
+from utils.photo_metrics import PhotoMetrics
+from utils.photo_sheet import photo_sheet, prediction_rows
+from utils.runs import check_finite, is_better, keep_checkpoint, open_run, resume_position, stale_for
+from utils.schedules import accumulation_group, go_to_step
 
 
 @dataclass
@@ -53,55 +58,43 @@ class Task:
     kind: str                     # names the checkpoints
     model: nn.Module
     names: list                   # of the labels or classes, kept in the checkpoint
-    train_set: Dataset
-    val_set: Dataset
-    collate: Callable
-    compute: Callable             # (model, batch) -> (loss, outputs)
-    loss: Callable                # (outputs, labels) of any number of items -> loss
-    evaluate: Callable            # (task, model, loader, device, interrupts) -> (figures, rows) or None
+    train_loader: DataLoader
+    val_loader: DataLoader
+    item: str                     # the batch's entry that names its items
+    label: str                    # and that which holds their labels
+    compute: Callable             # (model, batch) -> (loss, outputs, the logits first)
+    loss: Callable                # (logits, labels) of any number of items -> loss
+    metrics: Callable             # () -> metrics: update(logits, labels), compute() -> dict
+    rows: Callable                # (batch, outputs) -> rows of the sample picture
     draw: Callable                # (path, rows): the sample picture of an epoch
     epochs: int
-    batch_size: int
     every: int                    # micro-batches per optimizer step
-    parameters: dict              # part of the network -> (learning rate, weight decay)
-    schedule: dict = field(default_factory=dict)      # arguments of build_scheduler
-    monitor: tuple = ("val/loss", "min")
+    parameters: Callable          # model -> parameter groups with their peak rates
+    schedule: dict                # arguments of build_scheduler
+    monitor: tuple                # metric of the best checkpoint, "min" | "max"
+    patience: int = 0             # epochs without a better one that end the run; 0: never
 
 
 # ---------------------------------------------------------------- MIL on brain studies
 
-def labelled_studies(data, labels_csv):
-    """(studies that have labels, labels) of a cache; what has no counterpart is listed."""
-    labels = read_labels(labels_csv, C.MIL_LOSS)
-    studies, unlabelled, unknown = labels.match(read_cache(data))
-    if distributed.is_main():
-        for names, what in ((unlabelled, "studies without labels"), (unknown, "labels without a study")):
-            if names:
-                print(f"{len(names)} {what}, left out: {', '.join(names)}")
-    return studies, labels
-
-
-def build_mil(args, init):
+def build_mil(args, run_dir, resumed):
     """A classifier of whole studies over the tokens of all series (Ilse et al. 2018, arXiv:1802.04712)."""
     data, labels_csv = study_paths(args.data)
     if not labels_csv:
         raise config.UserError("STUDY_LABELS: name a CSV of the studies' labels, --set STUDY_LABELS=FILE")
-    studies, labels = labelled_studies(data, labels_csv)
+    studies, labels = builders.labelled_studies(data, labels_csv)
+    names = labels.names
     splits = split_studies(studies, C.STUDY_VAL_FRACTION, C.STUDY_TEST_FRACTION, C.STUDY_SPLIT_CSV or None)
-    check_monitor(labels.names)
-    weight = class_weights(labels, splits["train"])
+    weight = builders.study_weights(labels, splits["train"])
     if args.fast_dev_run:
         splits = {name: part[:distributed.world_size()] for name, part in splits.items()}
-    train_set = study_set(splits["train"], True, windows="all", labels=labels,
-                          random_crop=C.MIL_RANDOM_CROP, patch_drop_rate=C.MIL_PATCH_DROP)
-    val_set = study_set(splits["val"], False, windows="all", labels=labels)
+    train_set = builders.study_set(splits["train"], True, windows="all", labels=labels,
+                                   random_crop=C.MIL_RANDOM_CROP, patch_drop_rate=C.MIL_PATCH_DROP)
+    val_set = builders.study_set(splits["val"], False, windows="all", labels=labels)
 
-    model = build_study_classifier(len(labels.names))
-    if init:
-        matched, unmatched = load_backbone(model.encoder, init, args.remove_prefix)
-        if distributed.is_main():
-            print(f"--init {init}: {len(matched)} weights of the backbone matched, {len(unmatched)} not "
-                  f"{unmatched[:5]}")
+    model = builders.build_study_classifier(len(names))
+    if not resumed:
+        builders.start_from(model.encoder, args.init, args.remove_prefix)
 
     def compute(model, batch):
         """(loss, outputs): logits [B, C] and attention [T, C or 1] of a batch of whole studies."""
@@ -112,77 +105,91 @@ def build_mil(args, init):
         factors = None if weight is None else weight.to(logits.device)
         return classification_loss(C.MIL_LOSS, logits, labels, factors)
 
+    check_monitor("MIL", C.MIL_MONITOR, C.MIL_LOSS, StudyMetrics(C.MIL_LOSS, names),
+                  torch.zeros(1, 1 if C.MIL_LOSS == "ce" else len(names)))
+
+    def parameters(model):
+        parts = ((model.pooler, C.MIL_LR), (model.encoder, C.MIL_LR * C.MIL_BACKBONE_LR_SCALE))
+        return [{**group, "lr": lr} for part, lr in parts
+                for group in parameter_groups(part, C.MIL_WEIGHT_DECAY, C.NO_DECAY_NORM_BIAS)]
+
+    train_loader, val_loader = (
+        builders.build_loader(part, part.groups(), C.MIL_BATCH_SIZE, part is train_set, ragged_collate)
+        for part in (train_set, val_set))
     return data, Task(
-        kind="mil", model=model, names=labels.names, train_set=train_set, val_set=val_set,
-        collate=ragged_collate, compute=compute, loss=loss, evaluate=evaluate_mil, draw=draw_attention,
-        epochs=C.MIL_EPOCHS, batch_size=C.MIL_BATCH_SIZE, every=C.MIL_UPDATE_EVERY_BATCHES,
-        parameters={"pooler": (C.MIL_LR, C.MIL_WEIGHT_DECAY),
-                    "encoder": (C.MIL_LR * C.MIL_BACKBONE_LR_SCALE, C.MIL_WEIGHT_DECAY)},
+        kind="mil", model=model, names=names, train_loader=train_loader, val_loader=val_loader,
+        item="study", label="labels", compute=compute, loss=loss,
+        metrics=lambda: StudyMetrics(C.MIL_LOSS, names),
+        rows=lambda batch, outputs: [(batch, outputs[1])], draw=draw_attention,
+        epochs=C.MIL_EPOCHS, every=C.MIL_UPDATE_EVERY_BATCHES, parameters=parameters,
         schedule={"name": C.MIL_SCHEDULE, "warmup": C.WARMUP_STEPS, "ipe_scale": C.IPE_SCALE,
                   "start_lr": C.START_LR, "final_lr": C.FINAL_LR},
         monitor=(C.MIL_MONITOR, C.MIL_MONITOR_MODE))
 
 
-def check_monitor(names):
-    """Raise UserError now, not after an epoch, when MIL_MONITOR is not measured with MIL_LOSS."""
-    metrics = StudyMetrics(C.MIL_LOSS, names)
-    metrics.update(torch.zeros(1, len(names)), torch.zeros(1, 1 if C.MIL_LOSS == "ce" else len(names)))
+def check_monitor(prefix, monitor, loss, metrics, labels):
+    """Raise UserError now, not after an epoch, when <prefix>_MONITOR is not measured; labels: of any item."""
+    metrics.update(torch.zeros(1, len(metrics.names)), labels)
     measured = ["epoch", "train/loss", "val/loss", *(f"val/{name}" for name in metrics.compute())]
-    if C.MIL_MONITOR not in measured:
-        raise config.UserError(f"MIL_MONITOR = {C.MIL_MONITOR}: not measured with MIL_LOSS = {C.MIL_LOSS}; "
+    if monitor not in measured:
+        raise config.UserError(f"{prefix}_MONITOR = {monitor}: not measured with {prefix}_LOSS = {loss}; "
                                f"there are {', '.join(measured)}")
 
 
-def class_weights(labels, studies):
-    """Weights of the loss, of labels ("bce") or classes ("ce"), as the constants say; or None."""
-    if C.MIL_LOSS not in ("bce", "ce") and C.MIL_CLASS_WEIGHTS:
-        raise config.UserError(f'MIL_CLASS_WEIGHTS: the loss "{C.MIL_LOSS}" takes none; set it to []')
-    if C.MIL_LOSS not in ("bce", "ce") or not (C.MIL_CLASS_WEIGHTS or C.MIL_BALANCE):
-        return None
-    if C.MIL_CLASS_WEIGHTS and len(C.MIL_CLASS_WEIGHTS) != len(labels.names):
-        raise config.UserError(f"MIL_CLASS_WEIGHTS = {C.MIL_CLASS_WEIGHTS}: must be {len(labels.names)} "
-                               f"numbers, for {', '.join(labels.names)}")
-    return torch.as_tensor(C.MIL_CLASS_WEIGHTS or labels.balanced_weights(studies)).float()
+# ------------------------------------------------------- classes of photographs
+
+def build_hvit(args, run_dir, resumed):
+    """A classifier of photographs by the word of HVIT_MODEL."""
+    check_photo_loss(C.HVIT_LOSS, C.HVIT_FOCAL_GAMMA, C.HVIT_LABEL_SMOOTHING)
+    if C.HVIT_BALANCE not in ("none", "weights", "sampler"):
+        raise config.UserError(f'HVIT_BALANCE = "{C.HVIT_BALANCE}": must be none, weights or sampler')
+    if C.HVIT_MIXUP_PROB + C.HVIT_CUTMIX_PROB > 1:
+        raise config.UserError(f"HVIT_MIXUP_PROB = {C.HVIT_MIXUP_PROB} and HVIT_CUTMIX_PROB = "
+                               f"{C.HVIT_CUTMIX_PROB}: their sum must be 1 at most")
+    data, names, splits = builders.photo_splits(args, run_dir, resumed, labelled=True)
+    weight = class_weights([photo.label for photo in splits["train"]], names) \
+        if C.HVIT_BALANCE == "weights" else None
+    train_loader, val_loader = builders.photo_loaders(splits, C.HVIT_BATCH_SIZE, args.fast_dev_run,
+                                                      C.HVIT_BALANCE == "sampler")
+    model = builders.build_photo_network(len(names), start=not resumed)
+    if not (resumed or C.HVIT_WEIGHTS):
+        builders.start_from(model, args.init, args.remove_prefix or "backbone.")
+    augment = PhotoAugment(C.HVIT_SEVERITY, C.HVIT_IMG_SIZE)
+
+    def compute(model, batch):
+        """(loss, (logits [B, C], images as the network saw them)); augmented and mixed only in training."""
+        images, spectral, targets = batch["image"], batch.get("spectral"), one_hot(batch["label"])
+        if model.training:
+            images, spectral = augment(images, batch["seed"], spectral)
+            images, targets, spectral = mix(
+                images, targets, C.HVIT_MIXUP_ALPHA, C.HVIT_MIXUP_PROB, C.HVIT_CUTMIX_ALPHA,
+                C.HVIT_CUTMIX_PROB, torch.Generator().manual_seed(int(batch["seed"][0])), spectral)
+        else:
+            images, spectral = evaluation_view(images, C.HVIT_IMG_SIZE, spectral)
+        logits = model(images, spectral)
+        return soft_loss(logits, targets), (logits, images)
+
+    def one_hot(labels):
+        return F.one_hot(labels, len(names)).float()
+
+    def soft_loss(logits, targets):
+        factors = None if weight is None else weight.to(logits.device)
+        return photo_loss(C.HVIT_LOSS, logits, targets, factors, C.HVIT_FOCAL_GAMMA, C.HVIT_LABEL_SMOOTHING)
+
+    check_monitor("HVIT", C.HVIT_MONITOR, C.HVIT_LOSS, PhotoMetrics(names), torch.zeros(1, dtype=torch.int64))
+    return data, Task(
+        kind="hvit", model=model, names=names, train_loader=train_loader, val_loader=val_loader,
+        item="case", label="label", compute=compute, metrics=lambda: PhotoMetrics(names),
+        loss=lambda logits, labels: soft_loss(logits, one_hot(labels)),
+        rows=lambda batch, outputs: prediction_rows(batch, outputs[0], denormalise(outputs[1]), names),
+        draw=photo_sheet, epochs=C.HVIT_EPOCHS, every=C.HVIT_UPDATE_EVERY_BATCHES,
+        parameters=builders.photo_parameters,
+        schedule={"name": C.HVIT_SCHEDULE, "warmup": C.HVIT_WARMUP_STEPS, "final_lr": C.HVIT_FINAL_LR},
+        monitor=(C.HVIT_MONITOR, C.HVIT_MONITOR_MODE), patience=C.HVIT_PATIENCE)
 
 
-def build_study_classifier(num_outputs):
-    """Token transformer and attention pooling as the constants describe them."""
-    encoder = build_token_vit()
-    pooler = build_pooler(C.MIL_POOLER, encoder.dim, num_outputs, C.MIL_MLP_DIMS, C.MIL_ATTENTION_DIM,
-                          C.MIL_ATTENTION_HEADS, C.MIL_USE_NORM)
-    return StudyClassifier(encoder, pooler, C.MIL_FREEZE_BACKBONE)
-
-
-def draw_attention(path, rows):
-    """Where the network looked in the first validation series: the mean over its heads of attention."""
-    (batch, attention), = rows
-    end, size = int(batch["cu_seqlens"][1]), batch["size"][0].tolist()
-    tokens, coords, shares = (values[:end].cpu() for values in (batch["tokens"], batch["coords"], attention))
-    attention_sheet(path, token_volume(tokens, coords, size), token_map(shares.mean(1), coords, size), 4,
-                    batch["series"][0])
-
-
-@torch.no_grad()
-def evaluate_mil(task, model, loader, device, interrupts):
-    """(figures, one series for the sample picture); None when the run was asked to stop meanwhile."""
-    model.eval()
-    metrics, rows = StudyMetrics(C.MIL_LOSS, task.names), []
-    for i, batch in enumerate(progress_bar(loader, "validation")):
-        if distributed.any_rank([interrupts.stop])[0]:
-            return None
-        batch = to_device(batch, device, STAY)
-        with autocast(device, C.PRECISION):
-            _, (logits, attention) = task.compute(model, batch)
-        if loader.batch_sampler.real(i):
-            metrics.update(logits, batch["labels"])
-            rows = rows or [(batch, attention)]
-    metrics.reduce()
-    loss = task.loss(metrics.logits, metrics.labels).item()         # whatever the batches are
-    return {"loss": loss, **metrics.compute()}, rows if C.SAMPLES_PER_EPOCH else []
-
-
-TASKS = {"mil": build_mil}
-STAY = ("cu_seqlens", "study_cu_seqlens")          # on the CPU, so that a GPU waits for none
+TASKS = {"mil": build_mil, "hvit": build_hvit}
+STAY = ("cu_seqlens", "study_cu_seqlens", "seed")          # on the CPU, so that a GPU waits for none
 
 
 # ------------------------------------------------------------------- training
@@ -193,22 +200,27 @@ def parse_args():
     return parser.parse_args()
 
 
-def build_optimization(task, model, total_steps, steps_per_epoch):
-    """(optimizer, scheduler): each part of the network has its own rate; what is frozen is left out."""
-    module, groups = distributed.unwrap(model), []
-    for name, (lr, weight_decay) in task.parameters.items():
-        part = getattr(module, name)
-        groups += [{**group, "lr": lr}
-                   for group in parameter_groups(part, weight_decay, C.NO_DECAY_NORM_BIAS)]
-    optimizer = build_optimizer(C.OPTIMIZER, groups, groups[0]["lr"], 0.0, C.ADAM_BETAS, C.MOMENTUM)
-    scheduler = build_scheduler(
-        optimizer, total_steps=total_steps, steps_per_epoch=steps_per_epoch,
-        pct_start=C.ONECYCLE_PCT_START, div_factor=C.ONECYCLE_DIV_FACTOR,
-        final_div_factor=C.ONECYCLE_FINAL_DIV_FACTOR, num_cycles=C.NUM_CYCLES,
-        step_size=C.STEP_SIZE, step_unit=C.STEP_UNIT, gamma=C.STEP_GAMMA,
-        t0=C.RESTART_T0, t0_unit=C.RESTART_T0_UNIT, t_mult=C.RESTART_T_MULT,
-        eta_min=task.schedule["final_lr"], **task.schedule)
-    return optimizer, scheduler
+@torch.no_grad()
+def evaluate(task, model, device, interrupts):
+    """(figures, rows of the sample picture); None when the run was asked to stop meanwhile."""
+    model.eval()
+    loader, logits, labels, rows = task.val_loader, [], [], []
+    for i, batch in enumerate(progress_bar(loader, "validation")):
+        if distributed.any_rank([interrupts.stop])[0]:
+            return None
+        batch, real = to_device(batch, device, STAY), loader.batch_sampler.real(i)
+        with autocast(device, C.PRECISION):
+            _, outputs = task.compute(model, batch)
+        logits.append(outputs[0][:real].float())                             # repeats do not count
+        labels.append(batch[task.label][:real])
+        wanted = -(-C.SAMPLES_PER_EPOCH * (i + 1) // len(loader)) - len(rows)
+        if real and wanted > 0:
+            found = task.rows(batch, outputs)
+            rows += found[::max(1, len(found) // wanted)][:wanted]
+    logits, labels = (distributed.gather_rows(torch.cat(part)) for part in (logits, labels))
+    metrics = task.metrics()
+    metrics.update(logits, labels)
+    return {"loss": task.loss(logits, labels).item(), **metrics.compute()}, rows
 
 
 def main():
@@ -221,19 +233,15 @@ def main():
     interrupts = Interrupts(C.CHECKPOINT_MINUTES)
 
     # Data and model
-    data, task = TASKS[args.task](args, None if checkpoint else args.init)
-    if not checkpoint and not args.init and distributed.is_main():
-        print("No --init: the network starts from random weights")
-    train_loader, val_loader = (
-        build_loader(part, part.groups(), task.batch_size, part is task.train_set, task.collate)
-        for part in (task.train_set, task.val_set))
-    sampler = train_loader.batch_sampler
+    data, task = TASKS[args.task](args, run_dir, checkpoint is not None)
+    train_set, sampler = task.train_loader.dataset, task.train_loader.batch_sampler
     epochs = 1 if args.fast_dev_run else task.epochs
     steps = [math.ceil(sampler.length(epoch) / task.every) for epoch in range(1, epochs + 1)]
     total_steps = sum(steps)
-    parameters = sum(parameter.numel() for parameter in task.model.parameters())
+    weights = sum(parameter.numel() for parameter in task.model.parameters())
     model = distributed.shard(task.model.to(device), C.STRATEGY)
-    optimizer, scheduler = build_optimization(task, model, total_steps, round(total_steps / epochs))
+    optimizer, scheduler = builders.build_optimization(
+        task.parameters(distributed.unwrap(model)), task.schedule, total_steps, round(total_steps / epochs))
     scaler = torch.amp.GradScaler(device.type, enabled=C.PRECISION == "fp16")
     ema = EMA(model, C.EMA_DECAY, C.EMA_WARMUP) if C.USE_EMA else None
 
@@ -241,21 +249,17 @@ def main():
     first_epoch, first_batch, step, best, history, running, bad_files = 1, 0, 0, None, [], {}, set()
     torch.manual_seed(C.SEED + distributed.rank())                  # dropout differs between ranks
     if checkpoint is not None:
-        states.load_model_state(model, checkpoint["model_state_dict"])
-        settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-        states.load_optimizer_state(model, optimizer, checkpoint["optimizer_state_dict"])
-        scaler.load_state_dict(checkpoint["scaler_state_dict"])
-        if ema is not None:
-            ema.load_state_dict(checkpoint["ema_state_dict"])
         if checkpoint["names"] != task.names:
             raise config.UserError(f"the checkpoint is for {', '.join(checkpoint['names'])}, the labels for "
                                    f"{', '.join(task.names)}; resume with the labels of the run")
+        settings = states.load_training_state(checkpoint, model, optimizer, scaler)
+        if ema is not None:
+            ema.load_state_dict(checkpoint["ema_state_dict"])
         step, best, history = checkpoint["step"], checkpoint["best"], checkpoint["history"]
         batches = sampler.length(checkpoint["epoch"])
         first_epoch, first_batch = resume_position(checkpoint, batches, task.every)
         share = first_batch / max(1, checkpoint["batch_in_epoch"])       # 1, unless batches are others now
         running = {name: share * value.to(device) for name, value in checkpoint["running"].items()}
-        states.restore_rng_state(checkpoint["rng_state"])
         changed = config.changed_constants(C, checkpoint["constants"])
         if changed or checkpoint["total_steps"] != total_steps:
             go_to_step(scheduler, settings, sum(steps[:first_epoch - 1], -(-first_batch // task.every)))
@@ -271,9 +275,9 @@ def main():
         trackers = Trackers(C.TRACKERS, run_dir, config.hyperparameters(C), step)
         config.write_training_params(
             run_dir, C, preset=args.preset, overrides=args.set, kind=task.kind,
-            data=str(data), train_items=len(task.train_set), val_items=len(task.val_set),
-            world_size=distributed.world_size(), device=str(device), parameters=parameters,
-            effective_batch=task.batch_size * task.every * distributed.world_size(),
+            data=str(data), train_items=len(train_set), val_items=len(task.val_loader.dataset),
+            world_size=distributed.world_size(), device=str(device), parameters=weights,
+            effective_batch=sampler.batch_size * task.every * distributed.world_size(),
             steps_per_epoch=steps[0], total_steps=total_steps)
 
     def save_last(epoch, batch_in_epoch, train_loss=None, val_loss=None):
@@ -283,11 +287,9 @@ def main():
             "num_batches": sampler.length(epoch), "total_steps": total_steps, "step": step, "best": best,
             "train_loss": train_loss, "val_loss": val_loss, "history": history,
             "running": {name: distributed.all_reduce_mean(value) for name, value in running.items()},
-            "model_state_dict": states.model_state(model),
             "ema_state_dict": ema.state_dict() if ema is not None else None, "names": task.names,
-            "optimizer_state_dict": states.optimizer_state(model, optimizer),
-            "scheduler_state_dict": scheduler.state_dict(), "scaler_state_dict": scaler.state_dict(),
-            "rng_state": states.gather_rng_state(), "constants": config.hyperparameters(C)}
+            **states.training_state(model, optimizer, scheduler, scaler),
+            "constants": config.hyperparameters(C)}
         if distributed.is_main():
             save_checkpoint(run_dir / f"{task.kind}_last.pt", **entries)
         interrupts.saved()
@@ -303,14 +305,18 @@ def main():
 
     # Train
     for epoch in range(first_epoch, epochs + 1):
+        if task.patience and stale_for(history, *task.monitor) >= task.patience:
+            if distributed.is_main():
+                print(f"No better {task.monitor[0]} in {task.patience} epochs: the run ends")
+            break
         started, num_batches = time.monotonic(), sampler.length(epoch)
         if distributed.is_main():
             print(f"Epoch {epoch}/{epochs}")
         model.train()
-        task.train_set.set_epoch(epoch)
+        train_set.set_epoch(epoch)
         sampler.set_position(epoch, first_batch)
         group_loss, group_items = torch.zeros((), device=device), []
-        batches = progress_bar(train_loader, f"epoch {epoch}", first_batch)
+        batches = progress_bar(task.train_loader, f"epoch {epoch}", first_batch)
         for i, batch in enumerate(batches, start=first_batch):
             size, is_last = accumulation_group(i, num_batches, task.every)
             batch = to_device(batch, device, STAY)
@@ -321,7 +327,7 @@ def main():
                     loss, _ = task.compute(model, batch)
                 scaler.scale(loss / size).backward()
             running["loss"] = running.get("loss", 0) + loss.detach()
-            group_loss, group_items = group_loss + loss.detach(), group_items + batch["study"]
+            group_loss, group_items = group_loss + loss.detach(), group_items + batch[task.item]
             bad_files.update(filter(None, batch["bad_files"]))
             if distributed.is_main() and (i + 1) % C.LOG_EVERY_BATCHES == 0:
                 means = {name: value.item() / (i + 1) for name, value in running.items()}
@@ -329,6 +335,7 @@ def main():
             if not is_last:
                 continue
 
+            drop_frozen_(optimizer, epoch)
             scaler.unscale_(optimizer)                                  # clip true gradients, not scaled ones
             if C.GRAD_CLIP_NORM:
                 torch.nn.utils.clip_grad_norm_(model.parameters(), C.GRAD_CLIP_NORM)
@@ -351,7 +358,7 @@ def main():
 
         # Validate with the averaged weights
         with ema.applied() if ema is not None else nullcontext():
-            result = task.evaluate(task, model, val_loader, device, interrupts)
+            result = evaluate(task, model, device, interrupts)
         if result is None:
             stop(epoch, num_batches)
         values, rows = result
@@ -373,7 +380,7 @@ def main():
             write_history(run_dir, history)
             if rows:
                 task.draw(run_dir / "samples" / f"epoch_{epoch}.png", rows)
-            trackers.log(row, step)
+            trackers.log({**row, "train/lr": row["lr"]}, step)
             print(f"{epoch_line(row)} ({time.monotonic() - started:.0f} s)")
             print(f"Saved checkpoint: {kept}")
 

@@ -30,12 +30,12 @@ from sklearn.preprocessing import StandardScaler
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import constants as C
+from builders import build_loader, build_token_vit, study_set
 from datasets.cache import load_image, read_cache
 from datasets.intensity import normalise
 from datasets.labels import read_labels
 from datasets.studies import ragged_collate, split_studies
 from losses.classification import classification_loss
-from train_pretrain import build_loader, build_token_vit, study_set
 from utils.checkpoint import load_backbone, load_checkpoint
 from utils.classification import StudyMetrics
 from utils.config import restore_constants

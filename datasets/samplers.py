@@ -14,14 +14,16 @@ class ShardedSampler:
     The order depends on (seed, epoch) alone, so that a resumed run reads what the first run would have read.
     pad True: all ranks get the same number, the first indices of the order being read again at the end, for
     collectives need every rank.  pad False: each index once over all ranks, whose shares may differ by one.
+    weights [length], positive: draw with replacement, an index as often as its share of the weights says.
     Raises UserError for an empty data set.
     """
 
-    def __init__(self, length, shuffle, seed, rank, world_size, pad=True):
+    def __init__(self, length, shuffle, seed, rank, world_size, pad=True, weights=None):
         if length < 1:
             raise UserError("no samples to read; check --data and the split fractions")
         self.length, self.shuffle, self.seed = length, shuffle, seed
         self.rank, self.world_size, self.pad = rank, world_size, pad
+        self.shares = None if weights is None else np.asarray(weights, np.float64)
         self.epoch, self.skip = 0, 0
 
     def set_position(self, epoch, start_batch=0, batch_size=1):
@@ -29,9 +31,11 @@ class ShardedSampler:
         self.epoch, self.skip = epoch, start_batch * batch_size
 
     def __iter__(self):
-        order = np.arange(self.length)
-        if self.shuffle:
-            order = np.random.default_rng([self.seed, self.epoch]).permutation(self.length)
+        order, generator = np.arange(self.length), np.random.default_rng([self.seed, self.epoch])
+        if self.shares is not None:
+            order = generator.choice(self.length, self.length, p=self.shares / self.shares.sum())
+        elif self.shuffle:
+            order = generator.permutation(self.length)
         if self.pad:
             order = np.resize(order, -(-self.length // self.world_size) * self.world_size)   # wraps around
         return iter(order[self.rank::self.world_size][self.skip:].tolist())
@@ -107,8 +111,47 @@ class StudyAwareBatchSampler:
         return -(-len(self.batches) // self.world_size)
 
     def real(self, batch):
-        """Whether this rank's batch number ``batch`` of the current epoch is no repeat."""
-        return batch * self.world_size + self.rank < len(self.batches)
+        """Images of this rank's batch number ``batch`` of the current epoch: 0 when it is a repeat."""
+        number = batch * self.world_size + self.rank
+        return sum(len(self.groups[group]) for group in self.batches[number]) \
+            if number < len(self.batches) else 0
+
+
+class ItemBatchSampler:
+    """Batches of single items in ShardedSampler's padded order: on all ranks equally many and equally long.
+
+    So a loss can gather them over the ranks.  Arguments: of ShardedSampler.
+    For DataLoader(batch_sampler=...).  UserError: no items, or a batch size below 1.
+    """
+
+    def __init__(self, length, batch_size, shuffle, seed, rank, world_size, weights=None):
+        if batch_size < 1:
+            raise UserError(f"a batch of {batch_size} images: must be 1 at least")
+        self.order = ShardedSampler(length, shuffle, seed, rank, world_size, weights=weights)
+        self.batch_size, self.start_batch = batch_size, 0
+
+    def set_position(self, epoch, start_batch=0):
+        """Read ``epoch`` from this rank's batch ``start_batch`` on."""
+        self.start_batch = start_batch
+        self.order.set_position(epoch, start_batch, self.batch_size)
+
+    def __iter__(self):
+        indices = list(self.order)
+        yield from (indices[start:start + self.batch_size]
+                    for start in range(0, len(indices), self.batch_size))
+
+    def length(self, epoch):
+        """Batches of a rank in a whole epoch, the same for all ranks and epochs."""
+        return len(self)
+
+    def __len__(self):
+        """Batches of this rank in a whole epoch, also after set_position."""
+        return -(-len(self.order) // self.batch_size)
+
+    def real(self, batch):
+        """Items of this rank's batch number ``batch`` that are no repeats; these stand at its end."""
+        order = self.order
+        return count_real(batch, self.batch_size, order.length, order.rank, order.world_size)
 
 
 def item_generator(seed, epoch, index):

@@ -1,4 +1,4 @@
-"""Small pairs of images, studies and volumes on disk, and the scripts as functions."""
+"""Small pairs of images, studies, volumes and photographs on disk, and the scripts as functions."""
 
 import importlib
 import sys
@@ -8,8 +8,10 @@ import nibabel
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import constants as C
+import models.hvit
 from datasets.cache import write_cache
 from datasets.demo_em import write_em_demo
 from prepare_data import cache_settings
@@ -33,6 +35,13 @@ SMALL_VISTA = ["VISTA_ENCODER=segresnet", "VISTA_FEATURES=8", "VISTA_HEAD_WIDTH=
                "VISTA_VAL_FRACTION=0.3", "VISTA_GAP=2", "VISTA_EPOCHS=2", "VISTA_BATCH_SIZE=2",
                "VISTA_UPDATE_EVERY_BATCHES=2", "NUM_WORKERS=0", "TRACKERS=[]", "PRECISION=fp32",
                "SAVE_EVERY_EPOCHS=0", "KEEP_TOP_K=0", "LOG_EVERY_BATCHES=2"]
+
+# A transformer of some hundred thousand weights, see train_photo, on photographs of 32 x 32 pixels.
+SMALL_PHOTO = ["HVIT_MODEL=hvit_tiny", "HVIT_IMG_SIZE=32", "HVIT_DROP_PATH=0.1", "HVIT_VAL_FRACTION=0.25",
+               "HVIT_TEST_FRACTION=0.25", "SIMCLR_EPOCHS=2", "SIMCLR_BATCH_SIZE=4",
+               "SIMCLR_UPDATE_EVERY_BATCHES=2", "SIMCLR_PROBE_EVERY=1", "HVIT_EPOCHS=2",
+               "HVIT_BATCH_SIZE=4", "HVIT_UPDATE_EVERY_BATCHES=2", "NUM_WORKERS=0", "TRACKERS=[]",
+               "PRECISION=fp32", "SAVE_EVERY_EPOCHS=0", "KEEP_TOP_K=0", "LOG_EVERY_BATCHES=2"]
 
 
 def write_case(folder, seed, size=64):
@@ -112,6 +121,29 @@ def em_demo(tmp_path_factory):
     return write_em_demo(tmp_path_factory.mktemp("em"), (24, 64), 0, 0)
 
 
+def write_photo(path, colour, seed, size=(44, 40)):
+    """A photograph with a large disc of a colour on a pattern of its own."""
+    rng = np.random.default_rng(seed)
+    small = Image.fromarray(rng.integers(0, 200, (5, 5, 3), dtype=np.uint8))
+    image = np.array(small.resize(size, Image.Resampling.BICUBIC))
+    rows, columns = np.mgrid[:size[1], :size[0]]
+    image[np.hypot(rows - size[1] / 2, columns - size[0] / 2) < 12] = colour
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(image).save(path, quality=95)
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory):
+    """Folder with 10 photographs of each of three classes; the first of each has an augmented copy."""
+    root = tmp_path_factory.mktemp("photos")
+    for label, (word, colour) in enumerate([("blue", (20, 30, 220)), ("green", (20, 210, 40)),
+                                            ("red", (230, 20, 30))]):
+        for number in range(10):
+            write_photo(root / word / f"{word}_({number}).jpg", colour, 10 * label + number)
+        write_photo(root / word / f"{word}_(0)_aug1.jpg", colour, 10 * label)
+    return root
+
+
 @pytest.fixture
 def script(monkeypatch):
     """Call a script's ``main`` with command-line words; constants.py is as it was afterwards."""
@@ -171,6 +203,20 @@ def train_vista(script, volumes, tmp_path):
     def call(name, *overrides, words=()):
         script("train_vista3d", "-n", name, "--data", volumes, *words,
                "--set", *SMALL_VISTA, f"RUNS_DIR={tmp_path / 'runs'}", *overrides)
+        return tmp_path / "runs" / name
+
+    return call
+
+
+@pytest.fixture
+def train_photo(script, photos, tmp_path, monkeypatch):
+    """Train a narrow network on the small photographs into ``tmp_path/runs/<name>``; returns that folder."""
+    monkeypatch.setitem(models.hvit.WIDTHS, "tiny", 12)
+
+    def call(kind, name, *overrides, words=()):
+        script_of = ("train_pretrain", "--method") if kind == "simclr" else ("train_finetune", "--task")
+        script(*script_of, kind, "-n", name, "--data", photos, *words, "--set", *SMALL_PHOTO,
+               f"RUNS_DIR={tmp_path / 'runs'}", *overrides)
         return tmp_path / "runs" / name
 
     return call

@@ -6,6 +6,7 @@ import pytest
 import sklearn.metrics as sk
 import torch
 from PIL import Image
+from torchmetrics.functional.classification import multiclass_calibration_error
 
 from utils import distributed
 from utils.classification import (
@@ -61,12 +62,14 @@ def by_sklearn(word, logits, labels):
             kept, p = ("auroc", "balanced_accuracy", "f1"), x[:, k].numpy()
             values = (sk.roc_auc_score(y, p), sk.balanced_accuracy_score(y, p > 0), sk.f1_score(y, p > 0))
         else:
-            kept, p = ("auroc", "recall", "f1"), x.argmax(1).numpy()
+            kept, p = ("auroc", "recall", "precision", "f1"), x.argmax(1).numpy()
             values = (sk.roc_auc_score(y == k, x.softmax(1)[:, k].numpy()), sk.recall_score(y == k, p == k),
-                      sk.f1_score(y == k, p == k))
+                      sk.precision_score(y == k, p == k), sk.f1_score(y == k, p == k))
+            error = multiclass_calibration_error(x.softmax(1), labels[here, 0].long(), 3)
             figures |= {"accuracy": sk.accuracy_score(y, p),
                         "balanced_accuracy": sk.balanced_accuracy_score(y, p),
                         "f1": sk.f1_score(y, p, average="macro"),
+                        "precision": sk.precision_score(y, p, average="macro"), "ece": error.item(),
                         "auroc": sk.roc_auc_score(y, x.softmax(1).numpy(), multi_class="ovr")}
         figures |= {f"{figure}/{name}": value for figure, value in zip(kept, values, strict=True)}
     if word != "ce":
@@ -77,7 +80,7 @@ def by_sklearn(word, logits, labels):
 @pytest.mark.parametrize("missing", [False, True])
 @pytest.mark.parametrize("word", WORDS)
 def test_every_figure_is_scikit_learns(word, missing):
-    """Per label with the missing ones left out, and their mean; ties included."""
+    """Per label with the missing ones left out, and their mean; ties included.  The ece is torchmetrics'."""
     logits, labels = data(word, missing=missing)
     figures = measure(word, logits, labels)
     expected = by_sklearn(word, logits, labels)

@@ -5,7 +5,7 @@ import torch
 import torch.nn as nn
 
 from utils.config import UserError
-from utils.optim import build_optimizer, parameter_groups
+from utils.optim import build_optimizer, drop_frozen_, parameter_groups
 
 
 class Net(nn.Module):
@@ -102,3 +102,28 @@ def test_an_unknown_word_is_named_with_the_allowed_ones():
     """The user edits OPTIMIZER in constants.py."""
     with pytest.raises(UserError, match="OPTIMIZER.*lion.*sgd, adam, adamw"):
         build_optimizer("lion", parameter_groups(Net(), 0.1, True), 0.1, 0.1)
+
+
+def test_groups_of_named_parameters_hold_these_alone():
+    """Each part of a network has its own rate; together the parts hold every trained parameter once."""
+    model = Net()
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    parts = [parameter_groups(model, 0.1, True, names=part) for part in (names[:2], names[2:])]
+    held = [id(parameter) for part in parts for group in part for parameter in group["params"]]
+    assert sorted(held) == sorted(id(p) for p in model.parameters() if p.requires_grad)
+    assert {id(p) for group in parts[0] for p in group["params"]} == {
+        id(parameter) for name, parameter in model.named_parameters() if name in names[:2]}
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_a_frozen_group_is_neither_stepped_nor_decayed_until_its_epoch(name):
+    """Its moments stay empty, too: nothing of the frozen epochs is left."""
+    frozen, free = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
+    optimizer = build_optimizer(name, [{"params": [frozen], "from_epoch": 3}, {"params": [free]}], 0.1, 0.2)
+    for epoch in (1, 2, 3):
+        (frozen.sum() + free.sum()).backward()
+        drop_frozen_(optimizer, epoch)
+        assert (frozen.grad is None) == (epoch < 3) and free.grad is not None
+        optimizer.step()
+        optimizer.zero_grad()
+        assert torch.equal(frozen, torch.ones(3)) == (epoch < 3)

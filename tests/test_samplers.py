@@ -5,7 +5,13 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from datasets.samplers import ShardedSampler, StudyAwareBatchSampler, count_real, item_generator
+from datasets.samplers import (
+    ItemBatchSampler,
+    ShardedSampler,
+    StudyAwareBatchSampler,
+    count_real,
+    item_generator,
+)
 from utils.config import UserError
 
 
@@ -170,3 +176,32 @@ def test_generators_are_equal_for_equal_arguments_alone():
     assert len(draws) == 125
     assert torch.equal(torch.rand(9, generator=item_generator(1, 2, 3)),
                        torch.rand(9, generator=item_generator(1, 2, 3)))
+
+
+@pytest.mark.parametrize("length, world_size, batch_size", [(10, 1, 4), (10, 3, 2), (7, 2, 4), (1, 2, 3)])
+def test_item_batches_are_equally_long_on_all_ranks(length, world_size, batch_size):
+    """A loss that gathers projections needs as many on every rank; repeats are told, and stand at the end."""
+    ranks = [ItemBatchSampler(length, batch_size, True, 3, rank, world_size) for rank in range(world_size)]
+    seen = []
+    for sampler in ranks:
+        sampler.set_position(2)
+        batches = list(sampler)
+        assert len(batches) == len(sampler) == sampler.length(5)
+        seen += [index for number, batch in enumerate(batches) for index in batch[:sampler.real(number)]]
+    assert sorted(seen) == list(range(length))
+    assert len({tuple(map(len, sampler)) for sampler in ranks}) == 1
+    ranks[0].set_position(2, 1)
+    again = list(ranks[0])
+    ranks[0].set_position(2)
+    assert again == list(ranks[0])[1:]
+
+
+def test_weighted_items_come_as_often_as_their_weights_say():
+    """Drawn with replacement from (seed, epoch) alone."""
+    weights = torch.tensor([3.0, 1.0] * 2000)
+    sampler, other = (ItemBatchSampler(4000, 50, True, 0, 0, 1, weights) for _ in range(2))
+    for each in (sampler, other):
+        each.set_position(4)
+    drawn = [index for batch in sampler for index in batch]
+    assert drawn == [index for batch in other for index in batch]
+    assert sum(index % 2 == 0 for index in drawn) == pytest.approx(3000, abs=110)        # four deviations

@@ -14,6 +14,7 @@ import torch
 from conftest import SMALL_STUDY
 from test_scripts import states_differ
 
+import builders
 import train_finetune
 import train_pretrain
 from utils.config import UserError
@@ -268,10 +269,10 @@ def test_training_and_validation_share_no_study(kind, train_study, monkeypatch):
     """The promise that every held-out figure rests on; the original validated on what it trained on."""
     seen = {}
 
-    def remember(dataset, *values, build_loader=SCRIPTS[kind].build_loader):
+    def remember(dataset, *values, build_loader=builders.build_loader):
         seen.setdefault(dataset.train, set()).update(series.study for series, _ in dataset.entries)
         return build_loader(dataset, *values)
 
-    monkeypatch.setattr(SCRIPTS[kind], "build_loader", remember)
+    monkeypatch.setattr(builders, "build_loader", remember)
     train_study(kind, "split", labels=kind == "mil", words=["--fast-dev-run"])
     assert seen[True] and seen[False] and not seen[True] & seen[False]

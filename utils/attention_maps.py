@@ -1,5 +1,7 @@
 """Where a study classifier looked: attention as a volume, in the space of the source, and as a picture."""
 
+import re
+
 import matplotlib
 import nibabel
 import numpy as np
@@ -7,6 +9,7 @@ import torch
 from nibabel.processing import resample_from_to
 from PIL import Image, ImageDraw, ImageFont
 
+from datasets.cache import load_image
 from datasets.tokens import TOKEN, untokenize
 from utils.overlay import CAPTION_HEIGHT, grey, panel_factor, row, stack, zoom
 
@@ -88,3 +91,40 @@ def heading(text, width):
     canvas = Image.new("RGB", (width, CAPTION_HEIGHT))
     ImageDraw.Draw(canvas).text((4, 3), text, fill="white", font=ImageFont.load_default(size=14))
     return np.asarray(canvas)
+
+
+def draw_attention(path, rows):
+    """Where a network looked in the first series: the mean over its heads of attention.
+
+    rows: pairs of a batch of datasets.studies.ragged_collate and its attention [T, heads].
+    """
+    batch, attention = rows[0]
+    end, size = int(batch["cu_seqlens"][1]), batch["size"][0].tolist()
+    tokens, coords, shares = (values[:end].cpu() for values in (batch["tokens"], batch["coords"], attention))
+    attention_sheet(path, token_volume(tokens, coords, size), token_map(shares.mean(1), coords, size), 4,
+                    batch["series"][0])
+
+
+def write_attention(folder, dataset, batch, attention, names):
+    """Maps and pictures of one study.  attention [T, C or 1]: shares of the study, each column's sum is 1.
+
+    The maps are in units of the average token's attention.  A CT's windows share one map per head.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    attention = attention.cpu() * len(attention)
+    heads = [f"_{re.sub(r'[^A-Za-z0-9.-]', '-', name)}" for name in names]
+    heads = heads if attention.shape[1] > 1 else [""]
+    entries = [dataset.entries[index] for index in reversed(dataset.members[batch["study"][0]])]
+    images = {f"{series.study}/{series.name}": (series, modes) for series, modes in entries}
+    ends = batch["cu_seqlens"][1:-1].cpu().long()
+    coords, shares = (values.cpu().tensor_split(ends) for values in (batch["coords"], attention))
+    for name in dict.fromkeys(batch["series"]):
+        series, modes = images[name]
+        parts = [i for i, each in enumerate(batch["series"]) if each == name]
+        volume = load_image(series, modes[0]).numpy()
+        for column, head in enumerate(heads):
+            values = token_map(torch.cat([shares[i][:, column] for i in parts]),
+                               torch.cat([coords[i] for i in parts]), batch["size"][parts[0]].tolist())
+            image = to_source_space(values, series.affine, series.source_shape, series.source_affine)
+            image.to_filename(folder / f"{series.name}{head}.nii.gz")
+            attention_sheet(folder / f"{series.name}{head}.png", volume, values, 4, f"{name} {head[1:]}")

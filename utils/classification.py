@@ -1,4 +1,4 @@
-"""Metrics of study-level predictions, exact over batches and ranks: figures, intervals, table, pictures.
+"""Metrics of predictions, exact over batches and ranks: figures, intervals, table, pictures.
 
 ``word`` is that of the loss and names the kind: "bce" (labels [N, L] in [0, 1], positive above 0.5), "ce"
 (labels [N, 1], the index of a class); every other is regression (labels [N, L]).  NaN = missing, and is left
@@ -29,8 +29,11 @@ DESCRIPTIONS = {
     "auroc": "+ area under the ROC curve",
     "balanced_accuracy": "+ mean of sensitivity and specificity, or of the recalls of all classes",
     "f1": "+ F1 score",
-    "accuracy": "+ share of studies in the right class",
-    "recall": "+ share of the class's studies that were found",
+    "f1_macro": "+ F1 score, mean over the classes that occur",
+    "accuracy": "+ share of cases in the right class",
+    "recall": "+ share of the class's cases that were found",
+    "precision": "+ share of those called the class that are",
+    "ece": "- expected calibration error: confidence against accuracy",
     "mae": "- mean absolute error",
     "rmse": "- root of the mean squared error",
     "r2": "+ share of the variance explained",
@@ -91,10 +94,11 @@ def bootstrap(word, names, logits, labels, generator, resamples=1000, level=0.95
 def study_figures(word, names, logits, labels, rows):
     """Every figure of R choices of M studies, rows int64 [R, M] of the others -> dict of float64 [R].
 
-    "bce": auroc, balanced_accuracy and f1 (at logit 0) of each label, as "auroc/<label>".  "ce": auroc, f1
-    and recall of each class against the rest, and accuracy.  Otherwise mae, rmse and r2 of each label.  The
-    plain name is the mean over labels or classes, undefined ones left out; the mean recall is called
-    balanced_accuracy.  One class alone makes figures undefined (nan), equal labels make r2.
+    "bce": auroc, balanced_accuracy and f1 (at logit 0) of each label, as "auroc/<label>".  "ce": auroc,
+    recall, precision and f1 of each class against the rest, accuracy, and ece, the expected calibration
+    error.  Otherwise mae, rmse and r2 of each label.  The plain name is the mean over labels or classes,
+    undefined ones left out; the mean recall is called balanced_accuracy.  One class alone makes figures
+    undefined (nan), equal labels make r2.
     Raises UserError without a study.
     """
     if not len(logits):
@@ -104,13 +108,15 @@ def study_figures(word, names, logits, labels, rows):
     if word in ("bce", "ce"):
         binary = against_rest(word, logits, labels)
         columns = [binary_figures(*(values[rows, k] for values in binary)) for k in range(len(names))]
-        kept = ("auroc", "balanced_accuracy" if word == "bce" else "recall", "f1")
+        kept = ("auroc", *(["balanced_accuracy"] if word == "bce" else ["recall", "precision"]), "f1")
     else:
         columns = [regression_figures(logits[rows, k], labels[rows, k]) for k in range(len(names))]
         kept = ("mae", "rmse", "r2")
     if word == "ce":
-        right = (logits.argmax(1, keepdim=True) == labels).double()
-        figures["accuracy"] = torch.where(labels.isnan(), torch.nan, right)[rows, 0].nanmean(0)
+        right = (logits.argmax(1) == labels[:, 0]).double().where(~labels[:, 0].isnan(), torch.nan)[rows]
+        confidence = logits.softmax(1).amax(1)[rows]                                      # [M, R]
+        figures["accuracy"] = right.nanmean(0)
+        figures["ece"] = calibration_error(calibration_bins(confidence, right))
     for name in kept:
         mean = torch.stack([column[name] for column in columns]).nanmean(0)
         figures["balanced_accuracy" if name == "recall" else name] = mean
@@ -138,15 +144,49 @@ def binary_figures(truth, predicted, scores):
     counts = multilabel_stat_scores(predicted.long(), truth, num_labels=truth.shape[1], average=None,
                                     ignore_index=MISSING, validate_args=False)
     tp, fp, tn, fn, _ = counts.view(-1, 5).double().T
-    defined = (tp + fn > 0) & (tn + fp > 0)
-    recall, specificity = tp / (tp + fn), tn / (tn + fp)
-    figures = {"auroc": torch.zeros_like(tp), "recall": recall, "f1": 2 * tp / (2 * tp + fp + fn),
-               "balanced_accuracy": (recall + specificity) / 2}
+    figures = rates(tp, fp, tn, fn) | {"auroc": torch.full_like(tp, torch.nan)}
+    defined = ~figures["recall"].isnan()
     if defined.any():
         figures["auroc"][defined] = multilabel_auroc(
             scores[:, defined], truth[:, defined], num_labels=int(defined.sum()), average=None,
             ignore_index=MISSING, validate_args=False).double()
+    return figures
+
+
+def rates(tp, fp, tn, fn):
+    """Figures of a class against the rest from its counts, float64 of any shape -> dict of that shape.
+
+    recall, precision (0 where the class was never predicted), f1 and balanced_accuracy; nan where the cases
+    are all of the class or none is.
+    """
+    defined = (tp + fn > 0) & (tn + fp > 0)
+    recall, specificity = tp / (tp + fn), tn / (tn + fp)
+    figures = {"recall": recall, "precision": tp / (tp + fp).clamp(min=1), "f1": 2 * tp / (2 * tp + fp + fn),
+               "balanced_accuracy": (recall + specificity) / 2}
     return {name: torch.where(defined, values, torch.nan) for name, values in figures.items()}
+
+
+def calibration_bins(confidence, right, bins=15):
+    """Number, summed confidence and right ones of the cases in each interval of confidence.
+
+    confidence [M, R] in [0, 1], the probability of the predicted class; right [M, R]: 1 where it is the true
+    one, else 0, NaN = missing -> float64 [3, bins, R].  Intervals are equally wide, the upper end included.
+    """
+    edges = torch.linspace(0, 1, bins + 1, dtype=confidence.dtype, device=confidence.device)[1:-1]
+    index, present = torch.bucketize(confidence.contiguous(), edges), ~right.isnan()
+    values = torch.stack([present.double(), confidence * present, right.nan_to_num(0.0)]).double()
+    sums = values.new_zeros(3, bins, confidence.shape[1])
+    return sums.scatter_add_(1, index.expand_as(values), values)
+
+
+def calibration_error(sums):
+    """Expected calibration error of [3, bins, ...] as ``calibration_bins`` gives them; nan without a case.
+
+    The mean over cases of |accuracy - mean confidence| of their bin; Guo et al. 2017, arXiv:1706.04599,
+    eq. 3.
+    """
+    number, confidence, right = sums
+    return (confidence - right).abs().sum(0) / number.sum(0)
 
 
 def regression_figures(predictions, labels):
@@ -204,12 +244,17 @@ def roc_figure(path, word, names, logits, labels, figures):
 
 
 def confusion_figure(path, names, logits, labels):
-    """Write a PNG of the confusion matrix of classes: studies, coloured by their share of the true class.
+    """Write a PNG of the confusion matrix of classes: cases, coloured by their share of the true class.
 
     logits [N, C], labels [N, 1] class index: as ``StudyMetrics`` holds them.
     """
     present = ~labels[:, 0].isnan()
-    counts = multiclass_confusion_matrix(logits[present].argmax(1), labels[present, 0].long(), len(names))
+    draw_confusion(path, names, multiclass_confusion_matrix(
+        logits[present].argmax(1), labels[present, 0].long(), len(names)))
+
+
+def draw_confusion(path, names, counts):
+    """Write a PNG of counts int64 [C, C], rows the true class, columns the predicted one."""
     shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
     figure = Figure(figsize=(3 + 0.6 * len(names), 2.4 + 0.6 * len(names)), layout="constrained")
     axes = figure.add_subplot(xlabel="predicted", ylabel="true")

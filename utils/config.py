@@ -14,9 +14,10 @@ from pathlib import Path
 PACKAGES = ("torch", "torchvision", "numpy", "transformers", "kornia")       # versions kept with each run
 
 # Constants by the ends of their names: the least value that makes sense, and rates that cannot be 0.
-LEAST = {"SAVE_EVERY_EPOCHS": 0, "_EPOCHS": 1, "BATCH_SIZE": 1, "EVERY_BATCHES": 1, "NUM_WORKERS": 0,
-         "SEED": 0, "KEEP_TOP_K": 0, "SAMPLES_PER_EPOCH": 0, "PROBE_EVERY": 0, "_DEPTH": 1}
-PEAK_RATES = ("MAX_LR", "JEPA_LR", "MIL_LR", "GAN_LR")
+LEAST = {"SAVE_EVERY_EPOCHS": 0, "FREEZE_EPOCHS": 0, "_EPOCHS": 1, "BATCH_SIZE": 1, "EVERY_BATCHES": 1,
+         "NUM_WORKERS": 0, "SEED": 0, "KEEP_TOP_K": 0, "SAMPLES_PER_EPOCH": 0, "PROBE_EVERY": 0, "_DEPTH": 1,
+         "PROJECTION_DIM": 1, "_PATIENCE": 0, "SPECTRAL_CHANNELS": 0, "HASH_DISTANCE": -1}
+PEAK_RATES = ("MAX_LR", "JEPA_LR", "MIL_LR", "GAN_LR", "SIMCLR_LR", "HVIT_LR", "LAYER_DECAY")
 
 
 class UserError(Exception):

@@ -8,20 +8,33 @@ from utils.config import UserError
 OPTIMIZERS = ("sgd", "adam", "adamw")
 
 
-def parameter_groups(model, weight_decay, exclude_norm_bias, no_decay_names=()):
+def parameter_groups(model, weight_decay, exclude_norm_bias, no_decay_names=(), names=None):
     """Trainable parameters as a list of groups, each {"params": list, "weight_decay": float}.
 
     exclude_norm_bias: parameters with fewer than two dimensions (biases, normalisation layers) do not decay.
     no_decay_names: words; a parameter whose name holds one, such as "mask_token", does not decay either.
+    names: of the parameters that count; None: all.
     """
     decayed, free = [], []
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
+        if not parameter.requires_grad or names is not None and name not in names:
             continue
         exempt = exclude_norm_bias and parameter.ndim <= 1 or any(word in name for word in no_decay_names)
         (free if exempt else decayed).append(parameter)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
+
+
+def drop_frozen_(optimizer, epoch):
+    """Forget the gradients of groups that are frozen in ``epoch``: those whose "from_epoch" comes later.
+
+    Without a gradient a parameter is neither stepped nor decayed, and does not count in the gradient's norm.
+    Every rank and every strategy computes them all the same, so nothing waits for a part that is missing.
+    """
+    for group in optimizer.param_groups:
+        if epoch < group.get("from_epoch", 1):
+            for parameter in group["params"]:
+                parameter.grad = None
 
 
 def build_optimizer(name, groups, lr, weight_decay, betas=(0.9, 0.999), momentum=0.9):

@@ -112,3 +112,24 @@ def load_optimizer_state(model, optimizer, state):
     indices = iter(range(len(parameters)))            # torch keys states by the position over all groups
     optimizer.load_state_dict({"state": entries, "param_groups": [
         {**group, "params": [next(indices) for _ in group["params"]]} for group in state["param_groups"]]})
+
+
+def training_state(model, optimizer, scheduler, scaler):
+    """Collective: what a checkpoint keeps of a training, as entries that load_training_state takes."""
+    return {"model_state_dict": model_state(model), "optimizer_state_dict": optimizer_state(model, optimizer),
+            "scheduler_state_dict": scheduler.state_dict(), "scaler_state_dict": scaler.state_dict(),
+            "rng_state": gather_rng_state()}
+
+
+def load_training_state(checkpoint, model, optimizer, scaler):
+    """Load training_state's entries, all but the scheduler's, which may be of another length.
+
+    Returns for each parameter group the options (all but "params") that it had before, for
+    ``utils.schedules.go_to_step``: loading puts the checkpoint's in their place.
+    """
+    settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    load_model_state(model, checkpoint["model_state_dict"])
+    load_optimizer_state(model, optimizer, checkpoint["optimizer_state_dict"])
+    scaler.load_state_dict(checkpoint["scaler_state_dict"])
+    restore_rng_state(checkpoint["rng_state"])
+    return settings
