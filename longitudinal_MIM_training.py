@@ -217,10 +217,7 @@ def main():
     bad_files = set()
     torch.manual_seed(C.SEED + distributed.rank())                  # dropout differs between ranks
     if checkpoint is not None:
-        states.load_model_state(model, checkpoint["model_state_dict"])
-        settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-        states.load_optimizer_state(model, optimizer, checkpoint["optimizer_state_dict"])
-        scaler.load_state_dict(checkpoint["scaler_state_dict"])
+        settings = states.load_training_state(checkpoint, model, optimizer, scaler)
         if ema is not None:
             ema.load_state_dict(checkpoint["ema_state_dict"])
         if discriminator is not None:
@@ -231,7 +228,6 @@ def main():
         first_epoch, first_batch = resume_position(checkpoint, num_batches, C.UPDATE_EVERY_BATCHES)
         share = first_batch / max(1, checkpoint["batch_in_epoch"])       # 1, unless batches are others now
         running = {name: share * value.to(device) for name, value in checkpoint["running"].items()}
-        states.restore_rng_state(checkpoint["rng_state"])
         changed = config.changed_constants(C, checkpoint["constants"])
         if changed or checkpoint["total_steps"] != total_steps:
             done = (first_epoch - 1) * steps_per_epoch + math.ceil(first_batch / C.UPDATE_EVERY_BATCHES)
@@ -260,14 +256,12 @@ def main():
             "total_steps": total_steps, "step": step, "best": best,
             "train_loss": train_loss, "val_loss": val_loss, "history": history,
             "running": {name: distributed.all_reduce_mean(value) for name, value in running.items()},
-            "model_state_dict": states.model_state(model),
+            **states.training_state(model, optimizer, scheduler, scaler),
             "ema_state_dict": ema.state_dict() if ema is not None else None,
-            "optimizer_state_dict": states.optimizer_state(model, optimizer),
-            "scheduler_state_dict": scheduler.state_dict(), "scaler_state_dict": scaler.state_dict(),
             "gan_state_dict": None if discriminator is None else {
                 "model": states.model_state(discriminator),
                 "optimizer": states.optimizer_state(discriminator, gan_optimizer)},
-            "rng_state": states.gather_rng_state(), "constants": config.hyperparameters(C)}
+            "constants": config.hyperparameters(C)}
         if distributed.is_main():
             save_checkpoint(run_dir / f"{KIND}_last.pt", **entries)
         interrupts.saved()

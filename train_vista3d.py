@@ -236,17 +236,13 @@ def main():
     first_epoch, first_batch, step, best, history, running, bad_files = 1, 0, 0, None, [], {}, set()
     torch.manual_seed(C.SEED + distributed.rank())
     if checkpoint is not None:
-        states.load_model_state(model, checkpoint["model_state_dict"])
-        settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-        states.load_optimizer_state(model, optimizer, checkpoint["optimizer_state_dict"])
-        scaler.load_state_dict(checkpoint["scaler_state_dict"])
+        settings = states.load_training_state(checkpoint, model, optimizer, scaler)
         if ema is not None:
             ema.load_state_dict(checkpoint["ema_state_dict"])
         step, best, history = checkpoint["step"], checkpoint["best"], checkpoint["history"]
         first_epoch, first_batch = resume_position(checkpoint, num_batches, C.VISTA_UPDATE_EVERY_BATCHES)
         share = first_batch / max(1, checkpoint["batch_in_epoch"])       # 1, unless batches are others now
         running = {name: share * value.to(device) for name, value in checkpoint["running"].items()}
-        states.restore_rng_state(checkpoint["rng_state"])
         changed = config.changed_constants(C, checkpoint["constants"])
         if changed or checkpoint["total_steps"] != total_steps:
             done = (first_epoch - 1) * steps_per_epoch + math.ceil(first_batch / C.VISTA_UPDATE_EVERY_BATCHES)
@@ -276,11 +272,9 @@ def main():
             "total_steps": total_steps, "step": step, "best": best,
             "train_loss": train_loss, "val_loss": val_loss, "history": history,
             "running": {name: distributed.all_reduce_mean(value) for name, value in running.items()},
-            "model_state_dict": states.model_state(model),
+            **states.training_state(model, optimizer, scheduler, scaler),
             "ema_state_dict": ema.state_dict() if ema is not None else None,
-            "optimizer_state_dict": states.optimizer_state(model, optimizer),
-            "scheduler_state_dict": scheduler.state_dict(), "scaler_state_dict": scaler.state_dict(),
-            "rng_state": states.gather_rng_state(), "constants": config.hyperparameters(C),
+            "constants": config.hyperparameters(C),
             "spacing_nm": list(train_set.sources[0].spacing_nm)}
         if distributed.is_main():
             save_checkpoint(run_dir / f"{KIND}_last.pt", **entries)

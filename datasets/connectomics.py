@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 from datasets.em_crops import Kept, components, merge_labels, pad
 from datasets.em_files import intensity_range, scale
 from datasets.em_labels import IGNORE, instance_weights
-from datasets.samplers import check_on_bad_file, item_generator
+from datasets.samplers import check_on_bad_file, first_readable, item_generator
 from utils.config import BadFile, UserError
 from utils.sliding_window import window_starts
 
@@ -68,15 +68,9 @@ class ConnectomicsDataset(Dataset):
 
     def __getitem__(self, index):
         index = range(len(self))[index]                                    # IndexError at the end
-        bad_files = []
-        for number in chain(range(index, len(self)), range(index)):
-            try:
-                return {**self.make(number), "bad_files": ";".join(bad_files)}
-            except BadFile as error:
-                if self.on_bad_file == "stop":
-                    raise
-                bad_files.append(str(error))
-        raise UserError(f"none of the {len(self)} crops can be read: {bad_files[0]}")
+        candidates = chain(range(index, len(self)), range(index))
+        item, bad_files = first_readable(self.make, candidates, self.on_bad_file, "crops")
+        return {**item, "bad_files": ";".join(bad_files)}
 
     def describe(self):
         """{data set: {"volumes", "sections", "voxels"}: numbers} of what the crops are taken from."""

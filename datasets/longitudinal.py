@@ -7,7 +7,7 @@ import torch
 from torch.utils.data import Dataset
 
 from datasets.io import letterbox, min_max, read_image
-from datasets.samplers import check_on_bad_file, item_generator
+from datasets.samplers import check_on_bad_file, first_readable, item_generator
 from datasets.splits import SPLITS, split_groups
 from utils.config import BadFile, UserError
 
@@ -128,7 +128,9 @@ class LongitudinalMIMDataset(Dataset):
 
     def __getitem__(self, index):
         index = range(len(self))[index]                                    # IndexError at the end
-        case, images, bad_files = self.read_from(index)
+        (case, images), bad_files = first_readable(
+            lambda case: (case, read_case(case, self.size)), self.cases[index:] + self.cases[:index],
+            self.on_bad_file, "cases")
         generator = item_generator(self.seed, self.epoch, index)
         if self.augment is not None:
             images = self.augment(*images, generator)
@@ -136,15 +138,3 @@ class LongitudinalMIMDataset(Dataset):
         if self.mask is not None:
             item["mask"] = self.mask(self.size, self.size, self.mask_probability, generator)
         return {**item, "case": str(case), "bad_files": ";".join(bad_files)}
-
-    def read_from(self, index):
-        """(case, images, messages of cases skipped) of the first readable case from ``index`` on, cyclic."""
-        bad_files = []
-        for case in self.cases[index:] + self.cases[:index]:
-            try:
-                return case, read_case(case, self.size), bad_files
-            except BadFile as error:
-                if self.on_bad_file == "stop":
-                    raise
-                bad_files.append(str(error))
-        raise UserError(f"none of the {len(self)} cases can be read: {bad_files[0]}")

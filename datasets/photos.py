@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from datasets.photo_augment import CROP
 from datasets.photo_files import PHOTO_SUFFIXES, SPECTRAL_SUFFIXES, read_photo, read_spectral
-from datasets.samplers import check_on_bad_file, item_generator
+from datasets.samplers import check_on_bad_file, first_readable, item_generator
 from datasets.splits import read_table
 from utils.config import BadFile, UserError, closest
 
@@ -204,15 +204,9 @@ class PhotoDataset(Dataset):
 
     def __getitem__(self, index):
         index = range(len(self))[index]                                    # IndexError at the end
-        bad_files = []
-        for number in chain(range(index, len(self)), range(index)):
-            try:
-                return {**self.make(number), "bad_files": ";".join(bad_files)}
-            except BadFile as error:
-                if self.on_bad_file == "stop":
-                    raise
-                bad_files.append(str(error))
-        raise UserError(f"none of the {len(self)} photographs can be read: {bad_files[0]}")
+        candidates = chain(range(index, len(self)), range(index))
+        item, bad_files = first_readable(self.make, candidates, self.on_bad_file, "photographs")
+        return {**item, "bad_files": ";".join(bad_files)}
 
     def describe(self, classes):
         """{"photographs", "groups": numbers, "classes": {name: number}} of what the items are taken from."""

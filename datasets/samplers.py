@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from utils.config import UserError
+from utils.config import BadFile, UserError
 
 ON_BAD_FILE = ("stop", "skip")
 
@@ -165,3 +165,20 @@ def check_on_bad_file(word):
     if word not in ON_BAD_FILE:
         raise UserError(f'ON_BAD_FILE = "{word}": must be one of {", ".join(ON_BAD_FILE)}')
     return word
+
+
+def first_readable(read, candidates, on_bad_file, kind):
+    """(what ``read`` makes of the first of ``candidates`` that can be read, messages of those before it).
+
+    on_bad_file: with "stop" the first BadFile is raised.  kind: the plural word for them.  UserError when
+    none can be read.
+    """
+    bad_files = []
+    for candidate in candidates:
+        try:
+            return read(candidate), bad_files
+        except BadFile as error:
+            if on_bad_file == "stop":
+                raise
+            bad_files.append(str(error))
+    raise UserError(f"none of the {len(bad_files)} {kind} can be read: {bad_files[0]}")

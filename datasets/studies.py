@@ -7,7 +7,7 @@ from torch.utils.data import Dataset
 
 from datasets.cache import load_image, load_mask
 from datasets.intensity import MODES, augment_intensity, normalise
-from datasets.samplers import check_on_bad_file, item_generator
+from datasets.samplers import check_on_bad_file, first_readable, item_generator
 from datasets.splits import SPLITS, split_groups
 from datasets.tokens import crop_tokens, cut_tokens, draw_orientation, grid_size, token_background, whole
 from utils.config import BadFile, UserError
@@ -118,17 +118,15 @@ class StudyDataset(Dataset):
         """
         own = self.members[self.entries[index][0].study]
         start = own.index(index)
-        bad_files = []
-        for place in chain(own[start:], own[:start], range(own[-1] + 1, len(self)), range(own[0])):
+        places = chain(own[start:], own[:start], range(own[-1] + 1, len(self)), range(own[0]))
+
+        def read_entry(place):
             series, modes = self.entries[place]
             mode = self.choose(modes, generator)
-            try:
-                return series, mode, *read(series, mode), bad_files
-            except BadFile as error:
-                if self.on_bad_file == "stop":
-                    raise
-                bad_files.append(str(error))
-        raise UserError(f"none of the {len(self)} images can be read: {bad_files[0]}")
+            return series, mode, *read(series, mode)
+
+        found, bad_files = first_readable(read_entry, places, self.on_bad_file, "images")
+        return *found, bad_files
 
     def choose(self, modes, generator):
         """The mode to read: drawn by the probabilities in training, the first in validation."""

@@ -10,9 +10,10 @@ from datasets.samplers import (
     ShardedSampler,
     StudyAwareBatchSampler,
     count_real,
+    first_readable,
     item_generator,
 )
-from utils.config import UserError
+from utils.config import BadFile, UserError
 
 
 def share(rank, world_size, length=11, shuffle=True, seed=0, epoch=1, pad=True):
@@ -205,3 +206,18 @@ def test_weighted_items_come_as_often_as_their_weights_say():
     drawn = [index for batch in sampler for index in batch]
     assert drawn == [index for batch in other for index in batch]
     assert sum(index % 2 == 0 for index in drawn) == pytest.approx(3000, abs=110)        # four deviations
+
+
+def test_unreadable_candidates_are_named_and_the_first_readable_one_is_used():
+    """A bad file must be reported, never be silently replaced, and never end a run that may skip it."""
+    def read(name):
+        if name.startswith("bad"):
+            raise BadFile(f"{name}: no image")
+        return name.upper()
+
+    assert first_readable(read, ["bad1", "bad2", "good", "bad3"], "skip", "photographs") == (
+        "GOOD", ["bad1: no image", "bad2: no image"])
+    with pytest.raises(BadFile, match="bad1"):
+        first_readable(read, ["bad1", "good"], "stop", "photographs")
+    with pytest.raises(UserError, match="none of the 2 photographs can be read: bad1"):
+        first_readable(read, ["bad1", "bad2"], "skip", "photographs")
