@@ -190,7 +190,7 @@ def build_photo_network(num_classes, start=True):
     """The network that HVIT_MODEL names, num_classes 0: without head; ``start``: filled from HVIT_WEIGHTS."""
     model = build_photo_model(
         C.HVIT_MODEL, num_classes, C.HVIT_DROP_PATH, C.HVIT_DROPOUT if C.HVIT_DROPOUT >= 0 else None,
-        C.HVIT_SPECTRAL_CHANNELS, C.HVIT_DFCA, C.HVIT_DFCA_HEADS, C.HVIT_DFCA_DROPOUT, C.HVIT_IMG_SIZE,
+        C.HVIT_SPECTRAL_CHANNELS, C.HVIT_DFCA, C.HVIT_DFCA_HEADS, C.HVIT_DFCA_DROPOUT,
         C.ACTIVATION_CHECKPOINTING)
     if start and C.HVIT_WEIGHTS:
         matched, unmatched = load_torchvision_weights(model, C.HVIT_WEIGHTS)

@@ -98,7 +98,7 @@ def project(model, pair, together):
 def build_steps(args, views):
     """{name: function of a seed that takes one step and returns its loss}, all from the same weights."""
     torch.manual_seed(0)
-    model = SimCLR(build_photo_model(args.model, 0, image_size=args.size))
+    model = SimCLR(build_photo_model(args.model, 0))
     lightly_loss = NTXentLoss(TEMPERATURE)
 
     def build(views, loss_function, together, bfloat16, plain):

@@ -13,6 +13,7 @@ from utils.config import UserError
 
 WIDTHS = {"tiny": 48, "small": 96, "base": 144}              # of the first stage; each later one doubles it
 DEPTHS, HEADS = (2, 2, 6, 2), (3, 6, 12, 24)
+FEW_TOKENS = 512
 
 
 class HViT(nn.Module):
@@ -161,7 +162,7 @@ class Block(nn.Module):
     def attend(self, x):
         """Self-attention of all tokens of an image: [B, N, E] -> [B, N, E]."""
         q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)    # [B, heads, N, Dh]
-        return self.project(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return self.project(attention(q, k, v).transpose(1, 2).flatten(2))
 
 
 class DFCA(nn.Module):
@@ -186,6 +187,17 @@ class DFCA(nn.Module):
         x = self.norm1(x + self.dropout(self.attention(x, context, context, need_weights=False)[0]))
         x = self.norm2(x + self.dropout(self.fc2(self.dropout(F.gelu(self.fc1(x))))))
         return x.view(colour.shape)
+
+
+def attention(q, k, v):
+    """softmax(q k' / sqrt(Dh)) v of q, k, v [B, heads, N, Dh] -> [B, heads, N, Dh].
+
+    The fused kernel of CPUs is slow in bfloat16 with few tokens (its backward pass 2 to 10 times): there the
+    formula is computed as it stands, which stores the N x N weights.
+    """
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] <= FEW_TOKENS:
+        return (q * q.shape[3] ** -0.5 @ k.mT).softmax(-1) @ v
+    return F.scaled_dot_product_attention(q, k, v)
 
 
 def make_stages(widths, drop_path, checkpoint_activations):

@@ -70,7 +70,7 @@ class TorchvisionNet(nn.Module):
 
 
 def build_photo_model(word, num_classes, drop_path=0.2, dropout=None, spectral_channels=0, dfca=False,
-                      dfca_heads=12, dfca_dropout=0.1, image_size=256, checkpoint_activations=False):
+                      dfca_heads=12, dfca_dropout=0.1, checkpoint_activations=False):
     """The classifier of that name in PHOTO_MODELS, with random weights.
 
     Each has ``features(images, spectral=None)`` -> [B, E], ``dim`` = E, ``head`` and ``forward`` -> logits
@@ -89,7 +89,7 @@ def build_photo_model(word, num_classes, drop_path=0.2, dropout=None, spectral_c
         if word.startswith(("hvit", "resnet")):
             raise UserError(f"HVIT_DROPOUT = {dropout}: {word} has no dropout; set it to -1")
     if word.startswith("hvit"):
-        return HViT(word.removeprefix("hvit_"), num_classes, image_size, drop_path=drop_path,
+        return HViT(word.removeprefix("hvit_"), num_classes, drop_path=drop_path,
                     spectral_channels=spectral_channels, dfca=dfca, dfca_heads=dfca_heads,
                     dfca_dropout=dfca_dropout, checkpoint_activations=checkpoint_activations)
     if spectral_channels or dfca:

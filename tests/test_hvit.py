@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from timm.models.swin_transformer import PatchMerging
 from timm.models.vision_transformer import Block as TimmBlock
 
-from models.hvit import DEPTHS, DFCA, HEADS, WIDTHS, Block, HViT, shares
+from models.hvit import DEPTHS, DFCA, FEW_TOKENS, HEADS, WIDTHS, Block, HViT, attention, shares
 from utils.config import UserError
 
 SMALL = {"size": "tiny", "num_classes": 4, "image_size": 64, "drop_path": 0.0, "dfca_dropout": 0.0}
@@ -95,6 +95,24 @@ def test_block_equals_timms():
     for parameter in block.parameters():
         parameter.data += 0.2 * torch.randn_like(parameter)
     torch.testing.assert_close(block(x), timm_block(block)(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [4, FEW_TOKENS, FEW_TOKENS + 1])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
+def test_attention_and_its_gradient_equal_the_formula(tokens, dtype, tolerance):
+    """There are two ways of computing it; which one is taken must not be seen in what is learnt."""
+    torch.manual_seed(0)
+    qkv, weight = torch.randn(3, 2, 3, tokens, 8), torch.randn(2, 3, tokens, 8)
+
+    def run(function, dtype):
+        x = qkv.to(dtype).requires_grad_()
+        found = function(*x)
+        (found * weight.to(dtype)).sum().backward()
+        return found.double(), x.grad.double()
+
+    expected = run(lambda q, k, v: (q @ k.mT / 8 ** 0.5).softmax(3) @ v, torch.float64)
+    for found, wanted in zip(run(attention, dtype), expected, strict=True):
+        assert (found - wanted).norm() < tolerance * wanted.norm()
 
 
 def test_dfca_equals_its_formula():

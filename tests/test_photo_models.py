@@ -34,7 +34,7 @@ def build(word, num_classes=4, **options):
     """A classifier that drops nothing, unless ``options`` say otherwise."""
     if word.startswith(("swin", "efficientnet")):
         options = {"dropout": 0.0} | options
-    options = {"num_classes": num_classes, "drop_path": 0.0, "image_size": 64} | options
+    options = {"num_classes": num_classes, "drop_path": 0.0} | options
     return copy.deepcopy(original(build_photo_model, word, **options))
 
 
