@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from datasets.io import image_files, write_nifti
@@ -186,6 +187,7 @@ def run_pool(work, jobs, workers, context):
 def start_worker():
     """One thread per process; Ctrl-C is the parent's to answer, and a killed parent is not waited for."""
     torch.set_num_threads(1)
+    threadpool_limits(1)                             # numpy's matrix products: threads of all would fight
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=end_with_parent, daemon=True).start()
 
