@@ -1,6 +1,6 @@
 # make demo   trains the chest X-ray model on small demo data and shows what changed: about 5 minutes on 2 cores
 # make demo-brain   the same for brain studies: pretrains, classifies, judges; about 3 minutes
-# make demo-em   the same for electron microscopy: trains, segments a volume never seen; about 5 minutes
+# make demo-em   the same for electron microscopy: trains, segments a volume never seen; about 4 minutes
 # make demo-leaf   the same for photographs of leaves: pretrains, classifies, judges; about 4 minutes
 # make test   every test
 # Each makes .venv first when it is missing.

@@ -187,7 +187,8 @@ def run_pool(work, jobs, workers, context):
 def start_worker():
     """One thread per process; Ctrl-C is the parent's to answer, and a killed parent is not waited for."""
     torch.set_num_threads(1)
-    threadpool_limits(1)                             # numpy's matrix products: threads of all would fight
+    threadpool_limits(1)                             # numpy's products: the threads of all would fight
+    os.environ["OMP_NUM_THREADS"] = "1"              # and for libraries that a job loads
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=end_with_parent, daemon=True).start()
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 from test_lungs import draw_chest
+from threadpoolctl import threadpool_info
 
 from datasets import pair_files, pairs
 from datasets.io import read_image, write_nifti
@@ -220,6 +221,16 @@ def square_or_crash(number):
     if number in (3, 17):
         os.kill(os.getpid(), signal.SIGSEGV)
     return number ** 2
+
+
+def numpy_threads(job):
+    return [pool["num_threads"] for pool in threadpool_info()]
+
+
+def test_a_process_computes_on_one_thread():
+    """As many threads as cores in each of as many processes wait for each other more than they compute."""
+    (found,) = run_jobs(numpy_threads, [0], 1)
+    assert found and set(found) == {1}
 
 
 @pytest.mark.parametrize("jobs, workers", [(range(20), 2), (range(20), 5), ([17, 3], 1), ([3], 4), ([], 1)])
