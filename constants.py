@@ -453,7 +453,7 @@ PRESETS = {
         "HVIT_TEST_FRACTION": 0.25, "SIMCLR_EPOCHS": 150, "SIMCLR_LR": 5e-4, "SIMCLR_TEMPERATURE": 0.1,
         "SIMCLR_BRIGHTNESS": 0.4, "SIMCLR_CONTRAST": 0.4, "SIMCLR_SATURATION": 0.2, "SIMCLR_HUE": 0.02,
         "SIMCLR_GRAYSCALE": 0.0,        # colours tell diseases: a network that must not see them cannot
-        "HVIT_EPOCHS": 30, "HVIT_BATCH_SIZE": 16, "HVIT_LR": 5e-4, "HVIT_WEIGHT_DECAY": 0.05,
+        "HVIT_EPOCHS": 40, "HVIT_BATCH_SIZE": 16, "HVIT_LR": 5e-4, "HVIT_WEIGHT_DECAY": 0.05,
         "HVIT_WARMUP_STEPS": 0.1, "HVIT_PATIENCE": 0, "HVIT_MIXUP_PROB": 0.25, "HVIT_CUTMIX_PROB": 0.25,
         "EMA_DECAY": 0.99, "SAVE_EVERY_EPOCHS": 0, "KEEP_TOP_K": 1},
     "leaf_demo": {               # minutes on two CPU cores; so few leaves are too few for a transformer
