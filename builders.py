@@ -64,12 +64,15 @@ def build_optimization(groups, schedule, total_steps, steps_per_epoch):
     return optimizer, scheduler
 
 
-def start_from(model, init, remove_prefix):
-    """Fill a backbone from the file that --init names, and say what matched; or that there is none."""
+def start_from(model, init, remove_prefix, optional=()):
+    """Fill a backbone from the file that --init names, and say what matched; or that there is none.
+
+    optional: beginnings of names that the file need not have.
+    """
     if not init:
         say("No --init: the network starts from random weights")
         return
-    matched, unmatched = load_backbone(model, init, remove_prefix)
+    matched, unmatched = load_backbone(model, init, remove_prefix, optional=optional)
     say(f"--init {init}: {len(matched)} weights of the backbone matched, {len(unmatched)} not "
         f"{unmatched[:5]}")
 

@@ -35,6 +35,7 @@ import constants as C
 from datasets.photo_augment import PhotoAugment, denormalise, evaluation_view, mix
 from datasets.studies import ragged_collate, split_studies
 from losses.classification import check_photo_loss, class_weights, classification_loss, photo_loss
+from models.hvit import HViT
 from prepare_data import study_paths
 from utils import config, distributed, states
 from utils.attention_maps import draw_attention
@@ -153,7 +154,7 @@ def build_hvit(args, run_dir, resumed):
                                                       C.HVIT_BALANCE == "sampler")
     model = builders.build_photo_network(len(names), start=not resumed)
     if not (resumed or C.HVIT_WEIGHTS):
-        builders.start_from(model, args.init, args.remove_prefix or "backbone.")
+        builders.start_from(model, args.init, args.remove_prefix or "backbone.", HViT.second_stream)
     augment = PhotoAugment(C.HVIT_SEVERITY, C.HVIT_IMG_SIZE)
 
     def compute(model, batch):

@@ -180,18 +180,22 @@ def change_colours(images, unit, brightness, contrast, saturation, hue):
 def gaussian_blur(images, sigma, largest):
     """Blur images [B, C, S, S] in [0, 1], in place: sigma numpy [B], pixels, 0 for none; largest: of all.
 
-    Separable, the image mirrored at its borders.
+    Separable, the image mirrored at its borders.  A kernel is as wide as the half of the range to which its
+    sigma belongs needs, whatever the other images of the batch need.
     """
-    chosen = torch.from_numpy(np.flatnonzero(sigma))
-    radius = min(math.ceil(CUT * largest), min(images.shape[2:]) - 1)
-    if not len(chosen) or not radius:
-        return images
-    places = torch.arange(-radius, radius + 1) / torch.from_numpy(sigma)[chosen, None]
-    taps = torch.softmax(-places.square() / 2, 1).float().to(images.device)             # [n, taps]
-    part = images[chosen]
-    groups = part.shape[0] * part.shape[1]                  # each channel of each image has its own kernel
-    taps = taps.repeat_interleave(part.shape[1], 0)[:, None, None]                      # [n C, 1, 1, taps]
-    padded = F.pad(part, (radius,) * 4, mode="reflect").flatten(0, 1)[None]
-    blurred = F.conv2d(F.conv2d(padded, taps, groups=groups), taps.mT, groups=groups)
-    images[chosen] = blurred.view_as(part).clamp_(0, 1)
+    for low, high in ((0, largest / 2), (largest / 2, largest)):
+        chosen = torch.from_numpy(np.flatnonzero((low < sigma) & (sigma <= high)))
+        radius = min(math.ceil(CUT * high), min(images.shape[2:]) - 1)
+        if len(chosen) and radius:
+            images[chosen] = blur(images[chosen], torch.from_numpy(sigma)[chosen], radius)
     return images
+
+
+def blur(images, sigma, radius):
+    """Images [B, C, S, S] under Gaussians of sigma [B], pixels, cut at a radius below S."""
+    taps = torch.softmax(-(torch.arange(-radius, radius + 1) / sigma[:, None]).square() / 2, 1)
+    groups = images.shape[0] * images.shape[1]              # each channel of each image has its own kernel
+    taps = taps.float().to(images.device).repeat_interleave(images.shape[1], 0)[:, None, None]
+    padded = F.pad(images, (radius,) * 4, mode="reflect").flatten(0, 1)[None]
+    blurred = F.conv2d(F.conv2d(padded, taps, groups=groups), taps.mT, groups=groups)
+    return blurred.view_as(images).clamp_(0, 1)

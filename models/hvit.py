@@ -46,6 +46,7 @@ class HViT(nn.Module):
     parts = (("embed", "spectral_embed", "position"),
              *((f"stages.{i}", f"spectral_stages.{i}", f"dfca.{i}") for i in range(3)),
              ("stages.3", "spectral_stages.3", "dfca.3", "norm"), ("head",))
+    second_stream = ("spectral_", "dfca.")               # of this no pretraining on colour images knows
 
     def __init__(self, size="small", num_classes=7, image_size=256, patch=16, drop_path=0.2,
                  spectral_channels=0, dfca=False, dfca_heads=12, dfca_dropout=0.1,

@@ -273,6 +273,7 @@ def test_too_few_matches_leave_the_model_alone(tmp_path):
         load_backbone(model, tmp_path / "a.pt")
     assert "\n" not in str(error.value)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert load_backbone(network(), tmp_path / "a.pt", optional=("2.",))[1] == ["2.weight", "2.bias"]
     matched, unmatched = load_backbone(model, tmp_path / "a.pt", minimum=0.5)
     assert unmatched == ["2.weight", "2.bias"] and "0.weight" in matched
     assert torch.equal(model[0].weight, source[0].weight)

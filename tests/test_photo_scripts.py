@@ -265,6 +265,8 @@ def test_spectral_bands_are_read_and_used(no_curves, train_photo, script, photos
                           ("dropout", [bands, dfca, "HVIT_DFCA_DROPOUT=0.5"])):
         losses.append(history(train_photo("hvit", name, *options, words=words), "hvit")[0]["train/loss"])
     assert len(set(losses)) == 5
+    pretrained = train_photo("simclr", "pretrained", words=["--data", photos, "--fast-dev-run"])
+    train_photo("hvit", "started", bands, dfca, words=[*words, "--init", pretrained / "simclr_last.pt"])
     script("evaluate", "--checkpoint", tmp_path / "runs" / "fused" / "hvit_best.pt", "--data",
            tmp_path / "data", "--output", tmp_path / "out", "--bootstrap", 10, "--tta", 8)
     assert (tmp_path / "out" / "predictions.csv").exists()

@@ -172,7 +172,7 @@ def prune_epochs(folder, kind, history, keep_top, every, metric="val/loss", high
     return kept
 
 
-def load_backbone(model, path, remove_prefix="", minimum=0.9, prefer=WEIGHTS):
+def load_backbone(model, path, remove_prefix="", minimum=0.9, prefer=WEIGHTS, optional=()):
     """Start ``model`` from the weights in ``path``, as far as names and shapes agree.
 
     path: .pt, .pth or .safetensors with a state dict or a checkpoint, of which the first entry named in
@@ -180,7 +180,7 @@ def load_backbone(model, path, remove_prefix="", minimum=0.9, prefer=WEIGHTS):
     Leading ``module.``, ``_orig_mod.`` and ``remove_prefix`` are taken off the file's names; where two names
     become one, that which had the prefix counts.  Returns (matched, unmatched), names in the model's state.
     Raises BadFile for an unreadable file, and UserError when the matched parameters hold less than
-    ``minimum`` of the model's weights.
+    ``minimum`` of the model's weights; those whose names begin with one of ``optional`` do not count.
     """
     weights = _clean_names(_find_weights(_read(path, bare=True), path, prefer), remove_prefix)
     state = model_state(model)
@@ -189,7 +189,8 @@ def load_backbone(model, path, remove_prefix="", minimum=0.9, prefer=WEIGHTS):
     unmatched = [name for name in state if name not in set(matched)]
     sizes = {name.replace("_orig_mod.", ""): parameter.numel()
              for name, parameter in unwrap(model).named_parameters()}
-    share = sum(sizes.get(name, 0) for name in matched) / sum(sizes.values())
+    counted = {name: size for name, size in sizes.items() if not name.startswith(tuple(optional))}
+    share = sum(counted.get(name, 0) for name in matched) / sum(counted.values())
     if share < minimum:
         raise UserError(
             f"{path}: only {share:.0%} of the model's weights are found, {minimum:.0%} are needed; "
