@@ -10,16 +10,21 @@ import constants as C
 from datasets.block_mask import VolumeBlockMask
 from datasets.cache import read_cache
 from datasets.labels import read_labels
-from datasets.photo_splits import divided_groups, group_photos, split_photos, write_splits
+from datasets.lesion_slices import LESION, LesionSlices
+from datasets.photo_splits import settle_splits, split_photos
 from datasets.photos import PhotoDataset, find_photos, sample_weights
 from datasets.samplers import ItemBatchSampler, StudyAwareBatchSampler
 from datasets.simclr_views import SimCLRViews
+from datasets.slice_tasks import slices_for
+from datasets.slices import SliceDataset, split_slices
 from datasets.studies import StudyDataset
 from models.jepa import Predictor
 from models.mil import StudyClassifier, build_pooler
 from models.photo import build_photo_model, layer_groups, load_torchvision_weights
+from models.resnet import load_resnet_weights
+from models.slice_nets import build_slice_model, encoder_of
 from models.token_vit import TokenViT
-from prepare_data import make_leaf_demo
+from prepare_data import make_leaf_demo, make_spine_demo
 from utils.checkpoint import load_backbone
 from utils.config import UserError
 from utils.distributed import barrier, is_main, rank, world_size
@@ -64,23 +69,42 @@ def build_optimization(groups, schedule, total_steps, steps_per_epoch):
     return optimizer, scheduler
 
 
-def start_from(model, init, remove_prefix, optional=()):
+def thin(splits, batch_size):
+    """{split: items} with as many items as fill one batch of each rank, from all over the list."""
+    count = batch_size * world_size()
+    return {name: items[::max(1, len(items) // count)][:count] for name, items in splits.items()}
+
+
+def start_from(model, init, remove_prefix, optional=(), load=load_backbone):
     """Fill a backbone from the file that --init names, and say what matched; or that there is none.
 
-    optional: beginnings of names that the file need not have.
+    optional: beginnings of names that the file need not have.  load: does it, and tells names.
     """
     if not init:
-        say("No --init: the network starts from random weights")
-        return
-    matched, unmatched = load_backbone(model, init, remove_prefix, optional=optional)
+        return say("No --init: the network starts from random weights")
+    matched, unmatched = load(model, init, remove_prefix, optional=optional)
     say(f"--init {init}: {len(matched)} weights of the backbone matched, {len(unmatched)} not "
         f"{unmatched[:5]}")
+
+
+def data_path(data, make, below):
+    """Path of --data; where it is None, that ``below`` DEMO_DIR, which rank 0 makes."""
+    if data is None and is_main():
+        make()
+    barrier()
+    return Path(data or Path(C.DEMO_DIR) / below)
 
 
 def say(line):
     """Print from the main process."""
     if is_main():
         print(line)
+
+
+def say_filled(constant, path, matched, unmatched):
+    """Say what the file that a constant names has filled."""
+    say(f"{constant} {path}: {len(matched)} weights matched; of the file {len(unmatched)} have no use here "
+        f"{unmatched[:5]}")
 
 
 # -------------------------------------------------------------- brain studies
@@ -133,26 +157,11 @@ def labelled_studies(data, labels_csv):
     return studies, labels
 
 
-def study_weights(labels, studies):
-    """Weights of the loss, of labels ("bce") or classes ("ce"), as the constants say; or None."""
-    if C.MIL_LOSS not in ("bce", "ce") and C.MIL_CLASS_WEIGHTS:
-        raise UserError(f'MIL_CLASS_WEIGHTS: the loss "{C.MIL_LOSS}" takes none; set it to []')
-    if C.MIL_LOSS not in ("bce", "ce") or not (C.MIL_CLASS_WEIGHTS or C.MIL_BALANCE):
-        return None
-    if C.MIL_CLASS_WEIGHTS and len(C.MIL_CLASS_WEIGHTS) != len(labels.names):
-        raise UserError(f"MIL_CLASS_WEIGHTS = {C.MIL_CLASS_WEIGHTS}: must be {len(labels.names)} "
-                               f"numbers, for {', '.join(labels.names)}")
-    return torch.as_tensor(C.MIL_CLASS_WEIGHTS or labels.balanced_weights(studies)).float()
-
-
 # ---------------------------------------------------------------- photographs
 
 def photo_path(data):
-    """Folder or CSV of photographs: --data, or the demonstration's, which rank 0 makes."""
-    if data is None and is_main():
-        make_leaf_demo()
-    barrier()
-    return Path(data or Path(C.DEMO_DIR) / "leaves" / "images")
+    """Folder or CSV of photographs: --data, or the demonstration's."""
+    return data_path(data, make_leaf_demo, "leaves/images")
 
 
 def photo_splits(args, run_dir, resumed, labelled):
@@ -165,17 +174,9 @@ def photo_splits(args, run_dir, resumed, labelled):
     photos, classes, notes = find_photos(data, labelled)
     if is_main():
         earlier = [path, Path(args.checkpoint).with_name("splits.csv")] if resumed else []
-        chosen = next((each for each in earlier if each.is_file()), C.HVIT_SPLIT_CSV or None)
-        if chosen not in earlier:
-            photos, more = group_photos(photos, C.HVIT_HASH_DISTANCE, C.NUM_WORKERS, C.ON_BAD_FILE)
-            notes += more
-        splits = split_photos(photos, classes, C.HVIT_VAL_FRACTION, C.HVIT_TEST_FRACTION, C.SEED, chosen)
-        divided = divided_groups(splits)
-        if divided:
-            notes.append(f"{len(divided)} groups of copies are in more than one split, such as {divided[0]}: "
-                         "figures will look better than they are")
-        if chosen != path:
-            write_splits(path, splits, classes)
+        notes += settle_splits(path, photos, classes, [*earlier, C.HVIT_SPLIT_CSV],
+                               (C.HVIT_HASH_DISTANCE, C.NUM_WORKERS, C.ON_BAD_FILE),
+                               C.HVIT_VAL_FRACTION, C.HVIT_TEST_FRACTION, C.SEED)
         print("\n".join(notes))
     barrier()
     return data, classes, split_photos(photos, classes, C.HVIT_VAL_FRACTION, C.HVIT_TEST_FRACTION, path=path)
@@ -196,9 +197,7 @@ def build_photo_network(num_classes, start=True):
         C.HVIT_SPECTRAL_CHANNELS, C.HVIT_DFCA, C.HVIT_DFCA_HEADS, C.HVIT_DFCA_DROPOUT,
         C.ACTIVATION_CHECKPOINTING)
     if start and C.HVIT_WEIGHTS:
-        matched, unmatched = load_torchvision_weights(model, C.HVIT_WEIGHTS)
-        say(f"HVIT_WEIGHTS {C.HVIT_WEIGHTS}: {len(matched)} weights matched; of the file {len(unmatched)} "
-            f"have no use here {unmatched[:5]}")
+        say_filled("HVIT_WEIGHTS", C.HVIT_WEIGHTS, *load_torchvision_weights(model, C.HVIT_WEIGHTS))
     return model.to(memory_format=torch.channels_last) if C.CHANNELS_LAST else model
 
 
@@ -213,9 +212,7 @@ def photo_loaders(splits, batch_size, fast, balanced=False):
 
     fast: so many photographs that each loader has one batch, taken from all over the list.
     """
-    if fast:
-        count = batch_size * world_size()
-        splits = {name: photos[::max(1, len(photos) // count)][:count] for name, photos in splits.items()}
+    splits = thin(splits, batch_size) if fast else splits
     train_set, val_set = (photo_set(splits[name], name == "train", C.HVIT_CACHE_RATE)
                           for name in ("train", "val"))
     weights = sample_weights(splits["train"]) if balanced else None
@@ -239,3 +236,65 @@ def photo_parameters(model):
         groups += [{**group, **own} for group in parameter_groups(
             model, C.HVIT_WEIGHT_DECAY, C.NO_DECAY_NORM_BIAS, ("position",), names)]
     return groups
+
+
+# ------------------------------------------------------------- slices of spine MRI
+
+def find_spine(kind, data, names=None):
+    """(path of the data, slices, class names, names of masks) for "classify" | "segment" | "multitask".
+
+    data: folder or CSV; None: the demonstration's table, which rank 0 makes.  names: a network's classes.
+    """
+    data = data_path(data, make_spine_demo, f"spine/{C.SPINE_DEMO_TABLE}.csv")
+    mask_names = [] if kind == "classify" else [LESION] if C.SPINE_LESIONS else C.SPINE_MASK_CLASSES
+    slices, names, notes = slices_for(kind, data, mask_names, names, C.SPINE_LAYOUT, C.SPINE_AXIS,
+                                      C.SPINE_MASK_WORD, C.ON_BAD_FILE)
+    say("\n".join(notes))
+    return data, slices, names, mask_names
+
+
+def split_spine(slices):
+    """{"train", "val", "test": slices}, by patient."""
+    return split_slices(slices, C.SPINE_VAL_FRACTION, C.SPINE_TEST_FRACTION, C.SPINE_SPLIT_CSV or None)
+
+
+def slice_set(slices, train, mask_names):
+    """The data set of some slices, with synthetic lesions where the constants want them."""
+    painted = bool(mask_names) and C.SPINE_LESIONS != 0
+    dataset = SliceDataset(slices, C.SPINE_SIZE, train, C.SEED, C.ON_BAD_FILE,
+                           C.SPINE_MASK_CLASSES if painted else mask_names, C.SPINE_FIT, C.SPINE_INTENSITY,
+                           C.SPINE_PERCENTILES, C.SPINE_CACHE_MB)
+    if not painted:
+        return dataset
+    return LesionSlices(dataset, C.SPINE_LESIONS if train or C.SPINE_LESIONS_IN_VALIDATION else 0.0,
+                        count=C.SPINE_LESION_COUNT, semi_axis=C.SPINE_LESION_AXIS,
+                        flatness=C.SPINE_LESION_FLATNESS, factor=C.SPINE_LESION_FACTOR,
+                        ceiling=C.SPINE_LESION_CEILING)
+
+
+def slice_loaders(splits, mask_names, fast):
+    """(training, validation) loaders of slices; fast: as photo_loaders."""
+    if C.SPINE_BALANCE and any(slice.label < 0 for slice in splits["train"]):
+        raise UserError("SPINE_BALANCE = True: some slices have no class; give all one, or set it to False")
+    splits = thin(splits, C.SPINE_BATCH_SIZE) if fast else splits
+    weights = sample_weights(splits["train"]) if C.SPINE_BALANCE else None
+    train_set, val_set = (slice_set(splits[name], name == "train", mask_names) for name in ("train", "val"))
+    return (build_item_loader(train_set, C.SPINE_BATCH_SIZE, True, weights),
+            build_item_loader(val_set, C.SPINE_BATCH_SIZE, False))
+
+
+def build_slice_network(kind, names, mask_names, start=True):
+    """The network of a kind of task that the constants describe; ``start``: filled from SPINE_WEIGHTS."""
+    model = build_slice_model(
+        kind, names, mask_names, C.SPINE_ENCODER, C.SPINE_TASK_WEIGHTING, C.SPINE_TASK_WEIGHTS,
+        C.ACTIVATION_CHECKPOINTING, depth=C.SPINE_DEPTH, features=C.SPINE_FEATURES,
+        attention=C.SPINE_ATTENTION, xavier=C.SPINE_XAVIER)
+    if start and C.SPINE_WEIGHTS:
+        say_filled("SPINE_WEIGHTS", C.SPINE_WEIGHTS, *load_resnet_weights(encoder_of(model), C.SPINE_WEIGHTS))
+    return model.to(memory_format=torch.channels_last) if C.CHANNELS_LAST else model
+
+
+def slice_parameters(model):
+    """Parameter groups with the peak rate."""
+    return [{**group, "lr": C.SPINE_LR} for group in parameter_groups(
+        model, C.SPINE_WEIGHT_DECAY, C.NO_DECAY_NORM_BIAS, ("task_weights",))]

@@ -8,6 +8,7 @@
     Study classification (MIL): 18 training   19 network and loss
     Electron microscopy (Vista): 20 data   21 augmentation   22 network   23 training   24 losses, instances
     Photographs: 25 data and network   26 SimCLR   27 its views   28 HViT   29 its loss, augmentation
+    Spine MRI: 30 data   31 network and losses   32 training   33 augmentation and synthetic lesions
 
 Literals only.  For one run, ``-p PRESET`` overrides the values here and ``--set NAME=VALUE`` overrides both;
 the values used are written to ``training_params.json``.
@@ -62,6 +63,7 @@ DEMO_DIR = "data/demo"           # made on first use
 DEMO_STUDIES = 12                # invented brain studies, two thirds MRI and one third CT
 DEMO_EM_SIZE = [40, 160]         # sections and pixels per side of the invented EM volumes
 DEMO_LEAVES = 64                 # invented photographs of each of five classes of leaves
+DEMO_SPINE = [24, 160]           # invented patients with MRI of the spine; pixels per side of a slice
 DEMO_SIZE = 128                  # pixels per side of the pairs, and about the width of the X-rays
 DEMO_PATIENTS = 40               # invented ones
 DEMO_PAIRS_PER_PATIENT = 10      # shared out among the two images of a patient; odd numbers are rounded up
@@ -391,6 +393,65 @@ HVIT_MIXUP_ALPHA = 0.8           # its shares are drawn from Beta(alpha, alpha)
 HVIT_CUTMIX_PROB = 0.4           # of a batch; with HVIT_MIXUP_PROB at most 1
 HVIT_CUTMIX_ALPHA = 1.0          # its areas are drawn from Beta(alpha, alpha)
 
+# ------------- 30 Spine MRI (train_finetune.py --task classify | segment | multitask): data
+SPINE_SIZE = 224                 # pixels per side of the square that the network sees
+SPINE_FIT = "letterbox"          # "letterbox": shapes stay true, with room around | "squash": all is filled
+SPINE_INTENSITY = "slice"        # "slice" | "series": of what the next two are taken
+SPINE_PERCENTILES = [0.5, 99.5]  # that become 0 and 1
+SPINE_LAYOUT = "auto"            # folders: "auto" | "classes" | "pairs" | "patients" | "radimagenet"
+SPINE_AXIS = "stored"            # series are cut into "sagittal" | "coronal" | "axial" slices, or "stored"
+SPINE_MASK_WORD = "seg"          # what follows "_" in the names of masks beside images
+SPINE_MASK_CLASSES = ["cord"]    # names of the values 1, 2, ... in the masks
+SPINE_VAL_FRACTION = 0.15        # of the patients
+SPINE_TEST_FRACTION = 0.15       # of the patients; never seen by training
+SPINE_SPLIT_CSV = ""             # columns patient, split (train|val|test); "": the list's own, else by hash
+SPINE_DEMO_TABLE = "location_view"  # without --data: "anatomy" | "location_view" | "sequence" | "cord"
+# | "cord_masks" | "lesion_masks" of the demo
+SPINE_CACHE_MB = 256             # of decoded series that each process keeps, the last used
+
+# -------------------------------------- 31 Spine MRI: network and losses
+SPINE_ENCODER = "resnet18"       # "resnet18" | "resnet34" | "resnet50" | "plain": a U-Net's own, for masks
+SPINE_DEPTH = 4                  # plain: halvings of the slice
+SPINE_FEATURES = 16              # width of a U-Net at full resolution; doubles with each level
+SPINE_ATTENTION = False          # gates on the U-Net's skip connections
+SPINE_XAVIER = False             # first weights after Glorot & Bengio 2010; False: torch's
+SPINE_WEIGHTS = ""               # torchvision's or RadImageNet's file for the ResNet; "": random, or --init
+SPINE_LOSS = "dice"              # of masks: "dice" | "bce" | "ce" | "combined" | "l1" | "mse" | "smooth_l1"
+# | "nll" | "kl" | "bce_logits"; classes have the cross-entropy
+SPINE_DICE_WEIGHT = 0.5          # combined: share of "dice"; the rest is "ce"
+SPINE_CLASS_WEIGHTS = []         # ce, nll, kl, combined: of background and mask classes; []: all 1
+SPINE_TASK_WEIGHTING = "fixed"   # multitask: "fixed" | "uncertainty": learnt (Kendall et al. 2018)
+SPINE_TASK_WEIGHTS = [1.0, 1.0]  # multitask: of masks and classes; learnt ones start there
+SPINE_THRESHOLD = 0.5            # one mask class: probability from which a pixel is of it
+SPINE_FOUND_SHARE = 0.0          # a lesion is found where more than this share of it is; 0: by any pixel
+
+# ------------------------------------------------- 32 Spine MRI: training
+SPINE_EPOCHS = 50                # passes over the training slices
+SPINE_BATCH_SIZE = 64            # slices per rank and micro-batch
+SPINE_UPDATE_EVERY_BATCHES = 1   # micro-batches per optimizer step
+SPINE_LR = 1e-3                  # peak learning rate
+SPINE_WEIGHT_DECAY = 0.01        # of sgd, adam, adamw
+SPINE_SCHEDULE = "cosine"        # as SCHEDULE; a constant rate is "step" with STEP_GAMMA = 1.0
+SPINE_WARMUP_STEPS = 0.0         # cosine: steps, or a fraction of all steps when below 1
+SPINE_FINAL_LR = 0.0             # cosine, cosine_restarts: lowest rate
+SPINE_BALANCE = False            # draw the classes of slices equally often
+SPINE_PATIENCE = 0               # epochs without a better SPINE_MONITOR that end the run; 0: never
+SPINE_MONITOR = ""               # of <task>_best.pt, KEEP_TOP_K and SPINE_PATIENCE; "": val/dice where there
+# are masks, else val/f1_macro
+SPINE_MONITOR_MODE = "max"       # "min" | "max"
+
+# ---------------------- 33 Spine MRI: augmentation and synthetic lesions
+SPINE_SEVERITY = "light"         # "none" | "light": blur, crop, flip, contrast, noise, rotation
+# | "heavy": + gamma, bias field, elastic, grid and optical distortion, holes
+SPINE_LESIONS = 0.0              # share of the slices with cord that get lesions; above 0 the network learns
+# lesions from masks of the cord, or of cord and lesion
+SPINE_LESIONS_IN_VALIDATION = False  # paint them there, too; else the masks must have lesions of their own
+SPINE_LESION_COUNT = [1, 3]      # fewest and most ellipses in a slice
+SPINE_LESION_AXIS = [5.0, 20.0]  # pixels of a slice of 320: least and largest semi-axis
+SPINE_LESION_FLATNESS = [0.6, 1.0]   # least and largest second semi-axis / first
+SPINE_LESION_FACTOR = [1.25, 2.25]   # least and largest intensity / median of the cord
+SPINE_LESION_CEILING = 0.784     # of the [0, 1] slice: largest intensity, texture apart
+
 # A preset is chosen with -p NAME; it overrides the values above.
 PRESETS = {
     "snemi2d": {                 # slices
@@ -464,6 +525,53 @@ PRESETS = {
         "HVIT_EPOCHS": 15, "HVIT_BATCH_SIZE": 16, "HVIT_LR": 3e-3, "HVIT_WARMUP_STEPS": 0.1,
         "HVIT_PATIENCE": 0, "HVIT_MIXUP_PROB": 0.0, "HVIT_CUTMIX_PROB": 0.0, "HVIT_SEVERITY": "light",
         "EMA_DECAY": 0.95},
+    "foundation_radimagenet": {  # --data: RadImageNet as published; then --init into the next four
+        "SPINE_LAYOUT": "radimagenet", "SPINE_DEMO_TABLE": "anatomy", "SPINE_SIZE": 224, "SPINE_EPOCHS": 200,
+        "SPINE_BATCH_SIZE": 768, "SPINE_LR": 1e-3, "SPINE_BALANCE": True, "PRECISION": "fp16",
+        "SAVE_EVERY_EPOCHS": 0, "KEEP_TOP_K": 5, "SAMPLES_PER_EPOCH": 3},
+    "axial_basic": {             # which part of the body
+        "SPINE_DEMO_TABLE": "anatomy", "SPINE_SIZE": 224, "SPINE_EPOCHS": 25, "SPINE_BATCH_SIZE": 200,
+        "SPINE_LR": 1e-3, "SPINE_BALANCE": True, "PRECISION": "fp16", "SAVE_EVERY_EPOCHS": 0, "KEEP_TOP_K": 5,
+        "SAMPLES_PER_EPOCH": 3},
+    "spine_location_view": {     # such as cervical_sagittal
+        "SPINE_DEMO_TABLE": "location_view", "SPINE_SIZE": 224, "SPINE_EPOCHS": 100, "SPINE_BATCH_SIZE": 200,
+        "SPINE_LR": 1e-3, "SPINE_BALANCE": True, "PRECISION": "fp16", "SAVE_EVERY_EPOCHS": 0, "KEEP_TOP_K": 5,
+        "SAMPLES_PER_EPOCH": 3},
+    "cervical_sequence": {       # such as T2w
+        "SPINE_DEMO_TABLE": "sequence", "SPINE_SIZE": 224, "SPINE_EPOCHS": 50, "SPINE_BATCH_SIZE": 200,
+        "SPINE_LR": 1e-3, "SPINE_BALANCE": True, "PRECISION": "fp16", "SAVE_EVERY_EPOCHS": 0, "KEEP_TOP_K": 5,
+        "SAMPLES_PER_EPOCH": 3},
+    "cord_classification": {     # whether a slice shows the cord
+        "SPINE_DEMO_TABLE": "cord", "SPINE_SIZE": 224, "SPINE_EPOCHS": 25, "SPINE_BATCH_SIZE": 200,
+        "SPINE_LR": 1e-3, "SPINE_BALANCE": True, "PRECISION": "fp16", "SAVE_EVERY_EPOCHS": 0, "KEEP_TOP_K": 5,
+        "SAMPLES_PER_EPOCH": 3},
+    "cord_segmentation": {       # the original: a plain encoder of 64 features; this one takes a classifier's
+        "SPINE_DEMO_TABLE": "cord_masks", "SPINE_SIZE": 320, "SPINE_ENCODER": "resnet18",
+        "SPINE_LOSS": "bce", "SPINE_EPOCHS": 300, "SPINE_BATCH_SIZE": 16, "SPINE_LR": 2e-4,
+        "OPTIMIZER": "adam", "SPINE_WEIGHT_DECAY": 0.0, "SPINE_SCHEDULE": "step", "STEP_GAMMA": 1.0,
+        "PRECISION": "fp16", "SAVE_EVERY_EPOCHS": 0, "KEEP_TOP_K": 5, "SAMPLES_PER_EPOCH": 3},
+    "lesion_pretraining": {      # masks of the cord, lesions painted into it; then --init into the last
+        "SPINE_DEMO_TABLE": "cord_masks", "SPINE_LESIONS": 1.0, "SPINE_LESIONS_IN_VALIDATION": True,
+        "SPINE_SIZE": 320, "SPINE_ENCODER": "plain", "SPINE_FEATURES": 16, "SPINE_LOSS": "dice",
+        "SPINE_SEVERITY": "heavy", "SPINE_EPOCHS": 200, "SPINE_BATCH_SIZE": 96, "SPINE_LR": 1e-3,
+        "OPTIMIZER": "adam", "SPINE_WEIGHT_DECAY": 0.0, "SPINE_SCHEDULE": "step", "STEP_GAMMA": 1.0,
+        "PRECISION": "fp32", "SAVE_EVERY_EPOCHS": 0, "KEEP_TOP_K": 5, "SAMPLES_PER_EPOCH": 3},
+    "lesion_segmentation": {     # from scratch
+        "SPINE_DEMO_TABLE": "lesion_masks", "SPINE_MASK_WORD": "lesion", "SPINE_MASK_CLASSES": ["lesion"],
+        "SPINE_SIZE": 320, "SPINE_ENCODER": "plain", "SPINE_FEATURES": 16, "SPINE_LOSS": "dice",
+        "SPINE_SEVERITY": "heavy", "SPINE_EPOCHS": 200, "SPINE_BATCH_SIZE": 64, "SPINE_LR": 1e-3,
+        "OPTIMIZER": "adam", "SPINE_WEIGHT_DECAY": 0.0, "SPINE_SCHEDULE": "step", "STEP_GAMMA": 1.0,
+        "PRECISION": "fp32", "SAVE_EVERY_EPOCHS": 0, "KEEP_TOP_K": 5, "SAMPLES_PER_EPOCH": 3},
+    "lesion_segmentation_pretrained": {    # with --init of lesion_pretraining
+        "SPINE_DEMO_TABLE": "lesion_masks", "SPINE_MASK_WORD": "lesion", "SPINE_MASK_CLASSES": ["lesion"],
+        "SPINE_SIZE": 320, "SPINE_ENCODER": "plain", "SPINE_FEATURES": 16, "SPINE_LOSS": "dice",
+        "SPINE_SEVERITY": "heavy", "SPINE_EPOCHS": 200, "SPINE_BATCH_SIZE": 64, "SPINE_LR": 1e-3,
+        "OPTIMIZER": "adam", "SPINE_WEIGHT_DECAY": 0.0, "SPINE_SCHEDULE": "step", "STEP_GAMMA": 1.0,
+        "PRECISION": "fp32", "SAVE_EVERY_EPOCHS": 0, "KEEP_TOP_K": 5, "SAMPLES_PER_EPOCH": 3},
+    "spine_demo": {              # a minute a stage on two CPU cores; which stage: SPINE_DEMO_TABLE
+        "SPINE_SIZE": 96, "SPINE_EPOCHS": 3, "SPINE_BATCH_SIZE": 16, "SPINE_LR": 1e-3, "SPINE_BALANCE": True,
+        "SPINE_LOSS": "combined", "EMA_DECAY": 0.95, "SAVE_EVERY_EPOCHS": 0, "KEEP_TOP_K": 1,
+        "SAMPLES_PER_EPOCH": 3},
     "demo": {                    # the smallest useful run: minutes on two CPU cores
         "EFFICIENTNET": "b0", "VIT": "tiny", "IMG_SIZE": 128, "MASK_PATCH_SIZE": 32, "BATCH_SIZE": 8,
         "UPDATE_EVERY_BATCHES": 1, "LONGITUDINAL_MIM_EPOCHS": 8, "MAX_LR": 1e-3, "MASK_PROB_HIGH": 0.2,

@@ -4,17 +4,19 @@
     python evaluate.py --checkpoint runs/findings/mil_best.pt --data data/cache --labels labels.csv \\
         --split test --output predictions/findings
     python evaluate.py --checkpoint runs/classes/hvit_best.pt --data data/leaf --tta --output predictions/leaf
+    python evaluate.py --checkpoint runs/cord/segment_best.pt --data masks.csv --output predictions/cord
     torchrun --nproc_per_node=4 evaluate.py --checkpoint PATH --data DIR --split all --output DIR
 
 Writes metrics.csv (each figure with its bootstrap interval over the cases), predictions.csv (a row per case),
 roc.png, and for classes confusion.png.  For mil attention/<study>/: where the model looked, for each series a
 NIfTI in the space of the source file and a PNG of the slices that it looked at most.  For hvit classes.txt, a
 table of the classes, calibration.png, and mistakes.png: the photographs whose class seemed least likely.
-The splits of hvit are those of splits.csv beside the checkpoint.
+The splits of hvit are those of splits.csv beside the checkpoint.  For classify as for hvit, but no roc.png;
+for segment masks.csv (a row per slice and mask class) and worst.png (the masks of lowest Dice); multitask has
+both, and the intervals of these three are over patients.  --set changes what the training had set.
 """
 
 import argparse
-import csv
 from pathlib import Path
 
 import torch
@@ -28,16 +30,16 @@ from datasets.photo_augment import evaluation_view, tta_views
 from datasets.photo_splits import split_photos
 from datasets.photos import find_photos
 from datasets.studies import ragged_collate, split_studies
+from models.slice_nets import named_outputs
 from prepare_data import study_paths
 from train_finetune import STAY
 from utils.attention_maps import write_attention
+from utils.case_report import report_cases, report_classes, report_slices
 from utils.checkpoint import load_checkpoint
-from utils.classification import bootstrap, confusion_figure, roc_figure, table
-from utils.config import UserError, restore_constants, run_script
+from utils.config import UserError, apply_overrides, restore_constants, run_script
 from utils.device import autocast, to_device
 from utils.distributed import cleanup, gather, is_main, rank, setup_distributed, world_size
-from utils.photo_metrics import PhotoMetrics, calibration_figure, class_table
-from utils.photo_sheet import photo_sheet
+from utils.mask_metrics import MaskMetrics, predict_masks
 from utils.states import load_model_state
 
 
@@ -52,8 +54,9 @@ def parse_args():
     add("--bootstrap", type=int, default=1000, metavar="N", help="resamples (default: %(default)s)")
     add("--tta", type=int, nargs="?", const=2, default=1, metavar="N",
         help="hvit: mean of N views, 2 to 8: mirrored, then turned (without N: 2)")
-    add("--mistakes", type=int, default=12, metavar="N", help="hvit: how many to draw (default: %(default)s)")
+    add("--mistakes", type=int, default=12, metavar="N", help="how many to draw (default: %(default)s)")
     add("--attention", type=int, default=4, metavar="N", help="mil: studies to draw (default: %(default)s)")
+    add("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="override constants")
     add("--device", help='such as "cpu" (default: a GPU where there is one)')
     args = parser.parse_args()
     if args.bootstrap < 1 or args.attention < 0 or args.mistakes < 0:
@@ -85,7 +88,7 @@ def find_studies(args, names):
 
 @torch.no_grad()
 def evaluate_mil(args, checkpoint, device):
-    """(word of the loss, dict study -> (outputs, labels), what else to report) of this rank's studies.
+    """(dict study -> (outputs, labels) of this rank's studies, how to report that of all).
 
     Draws attention as it goes.
     """
@@ -110,7 +113,8 @@ def evaluate_mil(args, checkpoint, device):
         results[study] = logits[0].float().cpu(), labels.values.get(study, unknown) if labels else unknown
         if i * world_size() + rank() < args.attention:
             write_attention(args.output / "attention" / study, dataset, batch, attention.float(), names)
-    return C.MIL_LOSS, results, lambda results: None
+    return results, lambda results: report_cases(args.output, args.split, "study", "studies", C.MIL_LOSS,
+                                                 names, results, args.bootstrap, C.SEED)
 
 
 # ------------------------------------------------------- classes of photographs
@@ -148,69 +152,65 @@ def evaluate_hvit(args, checkpoint, device):
                 tqdm.write(f"Left out: {batch['bad_files'][k]}")
             else:
                 results[batch["case"][k]] = shares[k].log().cpu(), labels[k:k + 1]
-    return "ce", results, lambda results: report_classes(args, names, dataset, results)
 
+    def report_all(results):
+        report_cases(args.output, args.split, "photograph", "photographs", "ce", names, results,
+                     args.bootstrap, C.SEED)
+        report_classes(args.output, names, results, lambda case: dataset[places[case]]["image"],
+                       args.mistakes)
 
-def report_classes(args, names, dataset, results):
-    """classes.txt, calibration.png, and mistakes.png: those whose own class seemed least likely, first."""
-    known = {case: (scores, int(label)) for case, (scores, label) in results.items() if label == label}
-    if not known:
-        return
-    scores, labels = (torch.stack([torch.as_tensor(part[i]) for part in known.values()]) for i in (0, 1))
-    metrics = PhotoMetrics(names)
-    metrics.update(scores, labels)
-    (args.output / "classes.txt").write_text(class_table(metrics.per_class()) + "\n")
-    print(class_table(metrics.per_class()))
-    calibration_figure(args.output / "calibration.png", metrics.calibration)
-    wrong = sorted((case for case, (scores, label) in known.items() if scores.argmax() != label),
-                   key=lambda case: known[case][0][known[case][1]])[:args.mistakes]
     places = {photo.name: i for i, photo in enumerate(dataset.photos)}
-    pictures = [(dataset[places[case]]["image"], f"{case}: {names[known[case][0].argmax()]} "
-                 f"{known[case][0].max().exp():.2f}") for case in wrong]
-    if pictures:
-        photo_sheet(args.output / "mistakes.png", pictures)
+    return results, report_all
 
 
-TASKS = {"mil": ("study", "studies", evaluate_mil), "hvit": ("photograph", "photographs", evaluate_hvit)}
+# ----------------------------------------------------------- slices of spine MRI
+
+@torch.no_grad()
+def evaluate_slices(args, checkpoint, device):
+    """As evaluate_mil, of slices: (patient, logarithms of probabilities [C], label [1]), NaN = unknown."""
+    kind, names, mask_names = (checkpoint[key] for key in ("kind", "names", "mask_names"))
+    _, slices, _, _ = builders.find_spine(kind, args.data, names)
+    slices = slices if args.split == "all" else builders.split_spine(slices)[args.split]
+    if not slices:
+        raise UserError(f"--split {args.split}: holds no slice; choose another split")
+    dataset = builders.slice_set(slices, False, mask_names)
+    model = builders.build_slice_network(kind, names, mask_names, start=False)
+    load_model_state(model, checkpoint.get("ema_state_dict") or checkpoint["model_state_dict"])
+    model.to(device).eval()
+
+    def predict(batch):
+        with autocast(device, C.PRECISION):
+            outputs = named_outputs(kind, model(batch["image"].to(device)))
+        return {name: values.float().cpu() for name, values in outputs.items()}
+
+    metrics, results = MaskMetrics(mask_names, C.SPINE_THRESHOLD, C.SPINE_FOUND_SHARE), {}
+    loader = builders.build_item_loader(dataset, C.SPINE_BATCH_SIZE, False)
+    for i, batch in enumerate(tqdm(loader, "slices", disable=None if is_main() else True)):
+        outputs = predict(batch)
+        for k in range(loader.batch_sampler.real(i)):
+            if batch["bad_files"][k]:                      # what stands in for it would be judged in its name
+                tqdm.write(f"Left out: {batch['bad_files'][k]}")
+                continue
+            label = batch["label"][k:k + 1].float().where(batch["label"][k:k + 1] >= 0, torch.nan)
+            scores = outputs["labels"][k].log_softmax(0) if names else None
+            results[batch["case"][k]] = (scores, label, batch["patient"][k])
+            if mask_names:
+                metrics.update(outputs["masks"][k:k + 1], *(batch[key][k:k + 1] for key in (
+                    "mask", "spacing", "case", "patient")))
+    metrics.reduce()
+
+    def look(case):
+        item = dataset[places[case]]
+        masks = predict({"image": item["image"][None]}).get("masks")
+        return item, None if masks is None else predict_masks(masks, len(mask_names), C.SPINE_THRESHOLD)[0]
+
+    places = {f"{slice.series}:{slice.index}": i for i, slice in enumerate(slices)}
+    return results, lambda results: report_slices(args.output, args.split, names, metrics, results, look,
+                                                  args.bootstrap, C.SEED, args.mistakes)
 
 
-# --------------------------------------------------------------------- report
-
-def write_predictions(path, case, word, names, results):
-    """predictions.csv: for each case its probabilities (numbers, for a regression) and its true labels.
-
-    For classes, also the predicted one.  case: what it is.
-    """
-    columns = [f"true {name}" for name in names] if word != "ce" else ["predicted class", "true class"]
-    with open(path, "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow([case, *(f"predicted {name}" for name in names), *columns])
-        for name, (outputs, truth) in sorted(results.items()):
-            predicted = {"bce": outputs.sigmoid(), "ce": outputs.softmax(0)}.get(word, outputs).tolist()
-            answers = [names[outputs.argmax()]] if word == "ce" else []
-            answers += ["" if value != value else names[int(value)] if word == "ce" else f"{value:g}"
-                        for value in truth.tolist()]
-            writer.writerow([name, *(f"{value:.4f}" for value in predicted), *answers])
-
-
-def report(args, cases, word, names, results):
-    """Write figures and their pictures, and print them."""
-    pairs = [results[study] for study in sorted(results)]
-    outputs, labels = (torch.stack(part) for part in zip(*pairs, strict=True))
-    labelled = ~labels.isnan().all(1)
-    print(f"{len(results)} {cases} ({args.split}), {int(labelled.sum())} with labels")
-    if labelled.any():
-        outputs, labels = outputs[labelled], labels[labelled]
-        generator = torch.Generator().manual_seed(C.SEED)
-        figures = bootstrap(word, names, outputs, labels, generator, args.bootstrap)
-        with open(args.output / "metrics.csv", "w", newline="") as file:
-            csv.writer(file).writerows([("figure", "value", "low", "high", "undefined_resamples"),
-                                        *((name, *figure) for name, figure in figures.items())])
-        print(f"95 % intervals of {args.bootstrap} resamples of the {cases}\n{table({args.split: figures})}")
-        if word in ("bce", "ce"):
-            roc_figure(args.output / "roc.png", word, names, outputs, labels, figures)
-        if word == "ce":
-            confusion_figure(args.output / "confusion.png", names, outputs, labels)
+TASKS = {"mil": evaluate_mil, "hvit": evaluate_hvit, "classify": evaluate_slices, "segment": evaluate_slices,
+         "multitask": evaluate_slices}
 
 
 def main():
@@ -221,16 +221,14 @@ def main():
         raise UserError(f"{args.checkpoint}: a checkpoint of kind {checkpoint['kind']}; this script judges "
                         f"{', '.join(TASKS)}")
     restore_constants(C, checkpoint["constants"])
+    apply_overrides(C, args.set)
     args.output.mkdir(parents=True, exist_ok=True)
-    case, cases, judge = TASKS[checkpoint["kind"]]
-    word, results, report_more = judge(args, checkpoint, device)
+    results, report_all = TASKS[checkpoint["kind"]](args, checkpoint, device)
     results = {case: result for part in gather(results) for case, result in part.items()}
     if not results:
-        raise UserError(f"--split {args.split}: none of its {cases} can be read")
+        raise UserError(f"--split {args.split}: none of its cases can be read")
     if is_main():
-        write_predictions(args.output / "predictions.csv", case, word, checkpoint["names"], results)
-        report(args, cases, word, checkpoint["names"], results)
-        report_more(results)
+        report_all(results)
         print(f"Tables and pictures: {args.output}")
     cleanup()
 

@@ -22,6 +22,7 @@ from datasets.cache import INDEX, write_cache
 from datasets.demo import write_longitudinal_demo
 from datasets.demo_em import write_em_demo
 from datasets.demo_leaves import make_leaves
+from datasets.demo_spine import write_demo_spine
 from datasets.demo_studies import write_demo_studies
 from datasets.download import DATASETS, download
 from datasets.drr import write_ct_pairs
@@ -102,11 +103,9 @@ def pair_settings(findings):
     """Keyword arguments of datasets.pairs.make_pair."""
     return {
         "findings": findings, "unchanged": C.PAIR_UNCHANGED, "devices": C.PAIR_DEVICES,
-        "rotation": C.PAIR_ROTATION, "shift": C.PAIR_SHIFT, "scale": C.PAIR_SCALE,
-        "breath": C.PAIR_BREATH, "bend": C.PAIR_BEND,
-        "exposure": C.PAIR_EXPOSURE, "local_contrast": C.PAIR_LOCAL_CONTRAST,
-        "noise": C.PAIR_NOISE, "blur": C.PAIR_BLUR,
-    }
+        "rotation": C.PAIR_ROTATION, "shift": C.PAIR_SHIFT, "scale": C.PAIR_SCALE, "breath": C.PAIR_BREATH,
+        "bend": C.PAIR_BEND, "exposure": C.PAIR_EXPOSURE, "local_contrast": C.PAIR_LOCAL_CONTRAST,
+        "noise": C.PAIR_NOISE, "blur": C.PAIR_BLUR}
 
 
 def ct_settings(findings):
@@ -154,6 +153,12 @@ def make_em_demo():
 def make_leaf_demo():
     """Write the demonstration photographs below DEMO_DIR, unless there; returns their folder."""
     return make_leaves(Path(C.DEMO_DIR) / "leaves", C.DEMO_LEAVES, seed=C.SEED, workers=C.NUM_WORKERS)
+
+
+def make_spine_demo():
+    """Write the demonstration spines below DEMO_DIR, unless there; returns their folder."""
+    patients, size = C.DEMO_SPINE
+    return write_demo_spine(Path(C.DEMO_DIR) / "spine", patients, C.SEED, C.NUM_WORKERS, size)
 
 
 def study_paths(data):
@@ -223,7 +228,7 @@ def make_pairs(args):
 
 
 DEMOS = {"longitudinal": make_longitudinal_demo, "studies": make_study_demo, "em": make_em_demo,
-         "leaves": make_leaf_demo}
+         "leaves": make_leaf_demo, "spine": make_spine_demo}
 COMMANDS = {"demo": make_demo, "download": make_download, "cache": make_cache, "pairs": make_pairs}
 
 

@@ -9,11 +9,21 @@
 
     python train_finetune.py --task hvit -p leaf_demo -n classes --init runs/leaves/simclr_best.pt  # demo
 
+    python train_finetune.py --task classify -p spine_location_view -n location --data slices.csv
+    python train_finetune.py --task segment -p cord_segmentation -n cord --data masks.csv \\
+        --init runs/location/classify_best.pt
+    python train_finetune.py --task segment -p lesion_pretraining -n painted --data masks.csv
+    python train_finetune.py --task segment -p lesion_segmentation_pretrained -n lesion --data lesions.csv \\
+        --init runs/painted/segment_best.pt
+
 --task mil   findings of a brain study from all of its series: a frozen or trainable token transformer, and
              attention pooling over the study (multiple-instance learning).  Settings: constants.py, sections
              12 to 14, 18 and 19.  Labels: a CSV with study_id and a column per label; empty is unknown.
 --task hvit  classes of photographs: the hierarchical vision transformer, or one of torchvision's networks.
              Data: a folder per class, or a CSV with path and label.  Settings: sections 25, 28 and 29.
+--task classify | segment | multitask   slices of spine MRI: classes by a ResNet, masks by a U-Net, or both by
+             one network.  Data: a CSV or folders of DICOM, NIfTI or pictures, see datasets/slices.py; split
+             by patient.  Settings: sections 30 to 33.
 """
 
 import math
@@ -22,7 +32,8 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.nn as nn
@@ -33,9 +44,12 @@ from tqdm import tqdm
 import builders
 import constants as C
 from datasets.photo_augment import PhotoAugment, denormalise, evaluation_view, mix
+from datasets.slice_augment import SliceAugment
 from datasets.studies import ragged_collate, split_studies
 from losses.classification import check_photo_loss, class_weights, classification_loss, photo_loss
+from losses.slice_tasks import slice_loss
 from models.hvit import HViT
+from models.slice_nets import load_slice_weights, mask_channels, named_outputs
 from prepare_data import study_paths
 from utils import config, distributed, states
 from utils.attention_maps import draw_attention
@@ -50,6 +64,8 @@ from utils.photo_metrics import PhotoMetrics
 from utils.photo_sheet import photo_sheet, prediction_rows
 from utils.runs import check_finite, is_better, keep_checkpoint, open_run, resume_position, stale_for
 from utils.schedules import accumulation_group, go_to_step
+from utils.scores import LogitScores, SliceScores, check_monitor, one_slice
+from utils.slice_sheet import slice_rows, slice_sheet
 
 
 @dataclass
@@ -62,10 +78,8 @@ class Task:
     train_loader: DataLoader
     val_loader: DataLoader
     item: str                     # the batch's entry that names its items
-    label: str                    # and that which holds their labels
-    compute: Callable             # (model, batch) -> (loss, outputs, the logits first)
-    loss: Callable                # (logits, labels) of any number of items -> loss
-    metrics: Callable             # () -> metrics: update(logits, labels), compute() -> dict
+    compute: Callable             # (model, batch) -> (loss, outputs)
+    scores: Callable              # () -> utils.scores: add(batch, outputs, count), compute() -> dict
     rows: Callable                # (batch, outputs) -> rows of the sample picture
     draw: Callable                # (path, rows): the sample picture of an epoch
     epochs: int
@@ -74,6 +88,7 @@ class Task:
     schedule: dict                # arguments of build_scheduler
     monitor: tuple                # metric of the best checkpoint, "min" | "max"
     patience: int = 0             # epochs without a better one that end the run; 0: never
+    mask_names: list = field(default_factory=list)               # as names, of the classes of masks
 
 
 # ---------------------------------------------------------------- MIL on brain studies
@@ -86,9 +101,8 @@ def build_mil(args, run_dir, resumed):
     studies, labels = builders.labelled_studies(data, labels_csv)
     names = labels.names
     splits = split_studies(studies, C.STUDY_VAL_FRACTION, C.STUDY_TEST_FRACTION, C.STUDY_SPLIT_CSV or None)
-    weight = builders.study_weights(labels, splits["train"])
-    if args.fast_dev_run:
-        splits = {name: part[:distributed.world_size()] for name, part in splits.items()}
+    weight = labels.loss_weights(splits["train"], C.MIL_CLASS_WEIGHTS, C.MIL_BALANCE)
+    splits = builders.thin(splits, 1) if args.fast_dev_run else splits
     train_set = builders.study_set(splits["train"], True, windows="all", labels=labels,
                                    random_crop=C.MIL_RANDOM_CROP, patch_drop_rate=C.MIL_PATCH_DROP)
     val_set = builders.study_set(splits["val"], False, windows="all", labels=labels)
@@ -106,8 +120,12 @@ def build_mil(args, run_dir, resumed):
         factors = None if weight is None else weight.to(logits.device)
         return classification_loss(C.MIL_LOSS, logits, labels, factors)
 
-    check_monitor("MIL", C.MIL_MONITOR, C.MIL_LOSS, StudyMetrics(C.MIL_LOSS, names),
-                  torch.zeros(1, 1 if C.MIL_LOSS == "ce" else len(names)))
+    def scores():
+        return LogitScores(loss, StudyMetrics(C.MIL_LOSS, names), "labels")
+
+    check_monitor("MIL_MONITOR", C.MIL_MONITOR, f"MIL_LOSS = {C.MIL_LOSS}", scores(),
+                  {"labels": torch.zeros(1, 1 if C.MIL_LOSS == "ce" else len(names))},
+                  [torch.zeros(1, len(names))])
 
     def parameters(model):
         parts = ((model.pooler, C.MIL_LR), (model.encoder, C.MIL_LR * C.MIL_BACKBONE_LR_SCALE))
@@ -119,22 +137,12 @@ def build_mil(args, run_dir, resumed):
         for part in (train_set, val_set))
     return data, Task(
         kind="mil", model=model, names=names, train_loader=train_loader, val_loader=val_loader,
-        item="study", label="labels", compute=compute, loss=loss,
-        metrics=lambda: StudyMetrics(C.MIL_LOSS, names),
+        item="study", compute=compute, scores=scores,
         rows=lambda batch, outputs: [(batch, outputs[1])], draw=draw_attention,
         epochs=C.MIL_EPOCHS, every=C.MIL_UPDATE_EVERY_BATCHES, parameters=parameters,
         schedule={"name": C.MIL_SCHEDULE, "warmup": C.WARMUP_STEPS, "ipe_scale": C.IPE_SCALE,
                   "start_lr": C.START_LR, "final_lr": C.FINAL_LR},
         monitor=(C.MIL_MONITOR, C.MIL_MONITOR_MODE))
-
-
-def check_monitor(prefix, monitor, loss, metrics, labels):
-    """Raise UserError now, not after an epoch, when <prefix>_MONITOR is not measured; labels: of any item."""
-    metrics.update(torch.zeros(1, len(metrics.names)), labels)
-    measured = ["epoch", "train/loss", "val/loss", *(f"val/{name}" for name in metrics.compute())]
-    if monitor not in measured:
-        raise config.UserError(f"{prefix}_MONITOR = {monitor}: not measured with {prefix}_LOSS = {loss}; "
-                               f"there are {', '.join(measured)}")
 
 
 # ------------------------------------------------------- classes of photographs
@@ -177,19 +185,61 @@ def build_hvit(args, run_dir, resumed):
         factors = None if weight is None else weight.to(logits.device)
         return photo_loss(C.HVIT_LOSS, logits, targets, factors, C.HVIT_FOCAL_GAMMA, C.HVIT_LABEL_SMOOTHING)
 
-    check_monitor("HVIT", C.HVIT_MONITOR, C.HVIT_LOSS, PhotoMetrics(names), torch.zeros(1, dtype=torch.int64))
+    def scores():
+        return LogitScores(lambda logits, labels: soft_loss(logits, one_hot(labels)), PhotoMetrics(names))
+
+    check_monitor("HVIT_MONITOR", C.HVIT_MONITOR, f"HVIT_LOSS = {C.HVIT_LOSS}", scores(),
+                  {"label": torch.zeros(1, dtype=torch.int64)}, [torch.zeros(1, len(names))])
     return data, Task(
         kind="hvit", model=model, names=names, train_loader=train_loader, val_loader=val_loader,
-        item="case", label="label", compute=compute, metrics=lambda: PhotoMetrics(names),
-        loss=lambda logits, labels: soft_loss(logits, one_hot(labels)),
+        item="case", compute=compute, scores=scores, draw=photo_sheet,
         rows=lambda batch, outputs: prediction_rows(batch, outputs[0], denormalise(outputs[1]), names),
-        draw=photo_sheet, epochs=C.HVIT_EPOCHS, every=C.HVIT_UPDATE_EVERY_BATCHES,
-        parameters=builders.photo_parameters,
+        epochs=C.HVIT_EPOCHS, every=C.HVIT_UPDATE_EVERY_BATCHES, parameters=builders.photo_parameters,
         schedule={"name": C.HVIT_SCHEDULE, "warmup": C.HVIT_WARMUP_STEPS, "final_lr": C.HVIT_FINAL_LR},
         monitor=(C.HVIT_MONITOR, C.HVIT_MONITOR_MODE), patience=C.HVIT_PATIENCE)
 
 
-TASKS = {"mil": build_mil, "hvit": build_hvit}
+# ----------------------------------------------------------- slices of spine MRI
+
+def build_slices(kind, args, run_dir, resumed):
+    """Slices of spine MRI by kind: "classify", a ResNet | "segment", a U-Net | "multitask", both in one."""
+    data, slices, names, mask_names = builders.find_spine(kind, args.data)
+    train_loader, val_loader = builders.slice_loaders(builders.split_spine(slices), mask_names,
+                                                      args.fast_dev_run)
+    model = builders.build_slice_network(kind, names, mask_names, start=not resumed)
+    if not resumed and (args.init or not C.SPINE_WEIGHTS):
+        builders.start_from(model, args.init, args.remove_prefix, ("head.",), load_slice_weights)
+    augment = SliceAugment(C.SPINE_SEVERITY, C.SPINE_SIZE)
+    weight = torch.tensor(C.SPINE_CLASS_WEIGHTS) if C.SPINE_CLASS_WEIGHTS else None
+
+    def loss(outputs, masks, labels):
+        return slice_loss(outputs, masks, labels, C.SPINE_LOSS, weight, C.SPINE_DICE_WEIGHT)
+
+    def compute(model, batch):
+        """(loss, outputs by name) of a batch of slices, augmented only in training."""
+        images, masks = batch["image"], batch["mask"] if mask_names else None
+        if model.training:
+            images, masks = augment(images, masks, batch["seed"])
+        outputs = named_outputs(kind, model(images))
+        return loss(outputs, masks, batch["label"]), outputs
+
+    def scores():
+        return SliceScores(loss, names, mask_names, C.SPINE_THRESHOLD, C.SPINE_FOUND_SHARE)
+
+    monitor = C.SPINE_MONITOR or ("val/dice" if mask_names else "val/f1_macro")
+    check_monitor("SPINE_MONITOR", monitor, f"--task {kind}", scores(),
+                  *one_slice(len(names), mask_channels(mask_names)))
+    return data, Task(
+        kind=kind, model=model, names=names, mask_names=mask_names, train_loader=train_loader,
+        val_loader=val_loader, item="case", compute=compute, scores=scores, draw=slice_sheet,
+        rows=lambda batch, outputs: slice_rows(batch, outputs, names, mask_names, C.SPINE_THRESHOLD),
+        epochs=C.SPINE_EPOCHS, every=C.SPINE_UPDATE_EVERY_BATCHES, parameters=builders.slice_parameters,
+        schedule={"name": C.SPINE_SCHEDULE, "warmup": C.SPINE_WARMUP_STEPS, "final_lr": C.SPINE_FINAL_LR},
+        monitor=(monitor, C.SPINE_MONITOR_MODE), patience=C.SPINE_PATIENCE)
+
+
+TASKS = {"mil": build_mil, "hvit": build_hvit, "classify": partial(build_slices, "classify"),
+         "segment": partial(build_slices, "segment"), "multitask": partial(build_slices, "multitask")}
 STAY = ("cu_seqlens", "study_cu_seqlens", "seed")          # on the CPU, so that a GPU waits for none
 
 
@@ -205,23 +255,19 @@ def parse_args():
 def evaluate(task, model, device, interrupts):
     """(figures, rows of the sample picture); None when the run was asked to stop meanwhile."""
     model.eval()
-    loader, logits, labels, rows = task.val_loader, [], [], []
+    loader, scores, rows = task.val_loader, task.scores(), []
     for i, batch in enumerate(progress_bar(loader, "validation")):
         if distributed.any_rank([interrupts.stop])[0]:
             return None
         batch, real = to_device(batch, device, STAY), loader.batch_sampler.real(i)
         with autocast(device, C.PRECISION):
             _, outputs = task.compute(model, batch)
-        logits.append(outputs[0][:real].float())                             # repeats do not count
-        labels.append(batch[task.label][:real])
+        scores.add(batch, outputs, real)                                     # repeats do not count
         wanted = -(-C.SAMPLES_PER_EPOCH * (i + 1) // len(loader)) - len(rows)
         if real and wanted > 0:
             found = task.rows(batch, outputs)
             rows += found[::max(1, len(found) // wanted)][:wanted]
-    logits, labels = (distributed.gather_rows(torch.cat(part)) for part in (logits, labels))
-    metrics = task.metrics()
-    metrics.update(logits, labels)
-    return {"loss": task.loss(logits, labels).item(), **metrics.compute()}, rows
+    return scores.compute(), rows
 
 
 def main():
@@ -250,9 +296,10 @@ def main():
     first_epoch, first_batch, step, best, history, running, bad_files = 1, 0, 0, None, [], {}, set()
     torch.manual_seed(C.SEED + distributed.rank())                  # dropout differs between ranks
     if checkpoint is not None:
-        if checkpoint["names"] != task.names:
-            raise config.UserError(f"the checkpoint is for {', '.join(checkpoint['names'])}, the labels for "
-                                   f"{', '.join(task.names)}; resume with the labels of the run")
+        then, now = checkpoint["names"] + checkpoint.get("mask_names", []), task.names + task.mask_names
+        if then != now:
+            raise config.UserError(f"the checkpoint is for {', '.join(then)}, the labels for "
+                                   f"{', '.join(now)}; resume with the labels of the run")
         settings = states.load_training_state(checkpoint, model, optimizer, scaler)
         if ema is not None:
             ema.load_state_dict(checkpoint["ema_state_dict"])
@@ -289,6 +336,7 @@ def main():
             "train_loss": train_loss, "val_loss": val_loss, "history": history,
             "running": {name: distributed.all_reduce_mean(value) for name, value in running.items()},
             "ema_state_dict": ema.state_dict() if ema is not None else None, "names": task.names,
+            "mask_names": task.mask_names,
             **states.training_state(model, optimizer, scheduler, scaler),
             "constants": config.hyperparameters(C)}
         if distributed.is_main():

@@ -67,6 +67,20 @@ class Labels:
             return counts[:, 0] / counts[:, 1]
         return counts.sum() / (len(counts) * counts)
 
+    def loss_weights(self, studies, given, balance):
+        """float32 weights of the loss: the ``given`` ones, or with ``balance`` balanced_weights; else None.
+
+        Raises UserError for a loss that takes no weights, and for another number of them.
+        """
+        if self.kind not in ("bce", "ce") and given:
+            raise UserError(f'MIL_CLASS_WEIGHTS: the loss "{self.kind}" takes none; set it to []')
+        if self.kind not in ("bce", "ce") or not (given or balance):
+            return None
+        if given and len(given) != len(self.names):
+            raise UserError(f"MIL_CLASS_WEIGHTS = {given}: must be {len(self.names)} numbers, for "
+                            f"{', '.join(self.names)}")
+        return torch.as_tensor(given or self.balanced_weights(studies)).float()
+
 
 def read_labels(path, loss):
     """Labels of a CSV file with a column study_id (or study) and label columns.

@@ -204,6 +204,26 @@ def check_classes(splits, classes):
                             "photographs of it to train, add some, or leave the class out")
 
 
+def settle_splits(path, photos, classes, earlier, hashing, val_fraction, test_fraction, seed):
+    """Write the splits of a run to ``path`` -> lines to print.
+
+    earlier: files whose splits the run keeps, of which the first that is there counts, and a CSV, "" or a
+    name, that decides where none is; hashing: arguments of ``group_photos``; the others: of ``split_photos``.
+    """
+    *earlier, csv = earlier
+    chosen, notes = next((each for each in earlier if each.is_file()), csv or None), []
+    if chosen not in earlier:
+        photos, notes = group_photos(photos, *hashing)
+    splits = split_photos(photos, classes, val_fraction, test_fraction, seed, chosen)
+    divided = divided_groups(splits)
+    if divided:
+        notes.append(f"{len(divided)} groups of copies are in more than one split, such as {divided[0]}: "
+                     "figures will look better than they are")
+    if chosen != path:
+        write_splits(path, splits, classes)
+    return notes
+
+
 def deal(photos, fractions, seed):
     """{name: split} by whole groups, so that each class comes as near to the fractions as its groups allow.
 

@@ -73,7 +73,7 @@ def pixel_mean(values, masks):
 
 PROBABILITY_LOSSES = {"l1": F.l1_loss, "mse": F.mse_loss, "smooth_l1": F.smooth_l1_loss}
 MASK_LOSSES = ("dice", "bce", "bce_logits", "ce", "nll", "kl", "combined", *PROBABILITY_LOSSES)
-WEIGHTED_LOSSES = ("ce", "nll", "combined")
+WEIGHTED_LOSSES = ("ce", "nll", "kl", "combined")
 
 
 def mask_loss(word, logits, masks, class_weights=None, dice_weight=0.5):
@@ -81,7 +81,7 @@ def mask_loss(word, logits, masks, class_weights=None, dice_weight=0.5):
 
     logits [B, C, H, W], any float type; masks int64 [B, H, W], see above.
     Several words are one loss, as all start from logits: "bce_logits" is "bce"; "nll", of the log of the
-    softmax, is "ce", and so is "kl", of the probabilities from the mask, as a mask has no entropy.
+    softmax, is "ce", and so is "kl", of the mask from the probabilities, as a mask has no entropy.
     "combined": dice_weight * dice + (1 - dice_weight) * ce, whose ce is bce for C = 1.
     class_weights: float [max(C, 2)], background first, for WEIGHTED_LOSSES; dice has none.
     Raises UserError as ``check_mask_loss`` does; ValueError for other shapes.

@@ -98,7 +98,7 @@ class Decoder(nn.Module):
         self.blocks, below = nn.ModuleList(), encoder.channels[-1]
         for level in range(len(skips) - 1, -1, -1):
             width = features * 2 ** level
-            self.blocks.append(UpBlock(below, skips[level], width, attention and level > 0))
+            self.blocks.append(UpBlock(below, skips[level], width, attention and level > 0, level < 2))
             below = width
         self.checkpoint_activations = checkpoint_activations
 
@@ -111,27 +111,29 @@ class Decoder(nn.Module):
 
 
 class UpBlock(nn.Module):
-    """One level up: transposed convolution, skip connection, two convolutions.
+    """One level up: transposed convolution, skip connection beside it, two convolutions.
 
-    below, skip, width: channels of the coarser map, of the skip and of the output.
+    below, skip, width: channels of the coarser map, of the skip and of the output.  joined: the same by fewer
+    operations.  The first convolution of two maps is the sum of one of each, and nothing stands between the
+    doubling and its part, so that both are one transposed convolution whose kernel is theirs in turn; neither
+    the doubled map nor the two beside each other are written.  That pays where maps are large and kernels
+    small: at the finest levels.
     """
 
-    def __init__(self, below, skip, width, attention=False):
+    def __init__(self, below, skip, width, attention=False, joined=False):
         super().__init__()
         self.up = nn.ConvTranspose2d(below, width, 2, stride=2, bias=False)
         self.gate = AttentionGate(skip, below) if attention else None
         self.convs = double_conv(skip + width, width)
+        self.joined = joined
 
     def forward(self, pair):
-        """pair: the coarser map [B, below, H, W] and the skip [B, skip, 2H, 2W] -> [B, width, 2H, 2W].
-
-        The first convolution of the two maps is the sum of one of each.  Nothing stands between the doubling
-        and its part, so that both are one transposed convolution whose kernel is theirs in turn: neither
-        the doubled map nor the two maps beside each other are ever written.
-        """
+        """pair: the coarser map [B, below, H, W] and the skip [B, skip, 2H, 2W] -> [B, width, 2H, 2W]."""
         x, skip = pair
         if self.gate is not None:
             skip = self.gate(skip, x)
+        if not self.joined:
+            return self.convs(torch.cat([skip, self.up(x)], 1))
         of_skip, of_up = self.convs[0].weight.split((skip.shape[1], self.up.out_channels), 1)
         with torch.autocast(x.device.type, enabled=False):
             kernel = F.conv2d(self.up.weight, of_up, padding=2)                   # [below, width, 4, 4]

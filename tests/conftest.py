@@ -1,4 +1,4 @@
-"""Small pairs of images, studies, volumes and photographs on disk, and the scripts as functions."""
+"""Small pairs of images, studies, volumes, photographs and slices on disk, and the scripts as functions."""
 
 import importlib
 import sys
@@ -8,7 +8,9 @@ import nibabel
 import numpy as np
 import pytest
 import torch
+import torchvision.models
 from PIL import Image
+from torchvision.models.resnet import BasicBlock, ResNet
 
 import constants as C
 import models.hvit
@@ -42,6 +44,11 @@ SMALL_PHOTO = ["HVIT_MODEL=hvit_tiny", "HVIT_IMG_SIZE=32", "HVIT_DROP_PATH=0.1",
                "SIMCLR_UPDATE_EVERY_BATCHES=2", "SIMCLR_PROBE_EVERY=1", "HVIT_EPOCHS=2",
                "HVIT_BATCH_SIZE=4", "HVIT_UPDATE_EVERY_BATCHES=2", "NUM_WORKERS=0", "TRACKERS=[]",
                "PRECISION=fp32", "SAVE_EVERY_EPOCHS=0", "KEEP_TOP_K=0", "LOG_EVERY_BATCHES=2"]
+
+# A ResNet of some fifty thousand weights, see train_spine, and a U-Net on it, on slices of 32 x 32 pixels.
+SMALL_SPINE = ["SPINE_SIZE=32", "SPINE_FEATURES=4", "SPINE_VAL_FRACTION=0.25", "SPINE_TEST_FRACTION=0.25",
+               "SPINE_EPOCHS=2", "SPINE_BATCH_SIZE=4", "SPINE_UPDATE_EVERY_BATCHES=2", "NUM_WORKERS=0",
+               "TRACKERS=[]", "PRECISION=fp32", "SAVE_EVERY_EPOCHS=0", "KEEP_TOP_K=0", "LOG_EVERY_BATCHES=2"]
 
 
 def write_case(folder, seed, size=64):
@@ -144,6 +151,45 @@ def photos(tmp_path_factory):
     return root
 
 
+def write_spine(root, number):
+    """A patient's series of 6 slices, in every second one a bar, with masks of a disc and a spot in it.
+
+    Returns rows of two tables, of the cord's and of the lesion's masks: path, index, label, mask, patient.
+    """
+    rng = np.random.default_rng(number)
+    rows, columns, slices = np.mgrid[:40, :36, :6]
+    row, column = rng.uniform(14, 24, 2)
+    cord = (np.hypot(rows - row, columns - column) < 8) & (slices > 0)
+    lesion = (np.hypot(rows - row, columns - column) < 3) & (slices > 2)
+    image = 100 + 10 * rng.standard_normal(cord.shape) + 80 * cord + 60 * lesion
+    image[30:34] += 120 * (slices[30:34] % 2)
+    for name, values in (("", image), ("_cord", cord), ("_lesion", lesion)):
+        nibabel.save(nibabel.Nifti1Image(values.astype(np.int16), np.diag([1, 1, 4, 1])),
+                     root / f"p{number}{name}.nii.gz")
+    return [[f"p{number}.nii.gz,{index},{('bare', 'barred')[index % 2]},p{number}_{mask}.nii.gz,p{number}\n"
+             for index in range(6)] for mask in ("cord", "lesion")]
+
+
+@pytest.fixture(scope="session")
+def spine(tmp_path_factory):
+    """Folder with the series of eight patients, cord_masks.csv and lesion_masks.csv."""
+    root = tmp_path_factory.mktemp("spine")
+    tables = zip(*(write_spine(root, number) for number in range(8)), strict=True)
+    for name, parts in zip(("cord_masks", "lesion_masks"), tables, strict=True):
+        (root / f"{name}.csv").write_text("path,index,label,mask,patient\n" + "".join(sum(parts, [])))
+    return root
+
+
+def narrow_resnet(weights=None):
+    """A ResNet like torchvision's, of one narrow block a stage."""
+    network = ResNet(BasicBlock, [1, 1, 1, 1])
+    network.inplanes = 64
+    for number, width in enumerate((8, 16, 32, 64), start=1):
+        setattr(network, f"layer{number}", network._make_layer(BasicBlock, width, 1, 1 + (number > 1)))
+    network.fc = torch.nn.Linear(64, 10)
+    return network
+
+
 @pytest.fixture
 def script(monkeypatch):
     """Call a script's ``main`` with command-line words; constants.py is as it was afterwards."""
@@ -217,6 +263,19 @@ def train_photo(script, photos, tmp_path, monkeypatch):
         script_of = ("train_pretrain", "--method") if kind == "simclr" else ("train_finetune", "--task")
         script(*script_of, kind, "-n", name, "--data", photos, *words, "--set", *SMALL_PHOTO,
                f"RUNS_DIR={tmp_path / 'runs'}", *overrides)
+        return tmp_path / "runs" / name
+
+    return call
+
+
+@pytest.fixture
+def train_spine(script, spine, tmp_path, monkeypatch):
+    """Train a narrow network on the small slices into ``tmp_path/runs/<name>``; returns that folder."""
+    monkeypatch.setattr(torchvision.models, "resnet18", narrow_resnet)
+
+    def call(kind, name, *overrides, words=(), table="cord_masks"):
+        script("train_finetune", "--task", kind, "-n", name, "--data", spine / f"{table}.csv", *words,
+               "--set", *SMALL_SPINE, f"RUNS_DIR={tmp_path / 'runs'}", *overrides)
         return tmp_path / "runs" / name
 
     return call

@@ -36,8 +36,8 @@ def radimagenet(network):
     return nn.ModuleDict({"backbone": nn.Sequential(*list(network.children())[:9])})
 
 
-@pytest.mark.parametrize("word", RESNETS)
-@pytest.mark.parametrize("layout", ["torchvision", "radimagenet"])
+@pytest.mark.parametrize("word, layout", [("resnet18", "torchvision"), ("resnet34", "torchvision"),
+                                          ("resnet18", "radimagenet"), ("resnet50", "radimagenet")])
 def test_published_weights_give_their_networks_features_of_grey_images(tmp_path, word, layout):
     """Three equal planes through the colour stem are one plane through its sum; each layout has its range."""
     peer, ours = peer_of(word), small(word)
@@ -45,7 +45,8 @@ def test_published_weights_give_their_networks_features_of_grey_images(tmp_path,
     torch.save(wrapped.state_dict(), tmp_path / "weights.pth")
     before = ours.head.weight.clone()
     matched, unmatched = load_resnet_weights(ours, tmp_path / "weights.pth")
-    assert not any(name.startswith("layer") for name in unmatched) and "conv1.weight" in matched
+    assert {"conv1.weight", "bn1.running_var", "layer4.1.conv2.weight"} < set(matched)
+    assert all(name.startswith("fc.") or name.endswith("num_batches_tracked") for name in unmatched)
     assert torch.equal(ours.head.weight, before)
     x = images((96, 64))
     mean, std = (0.5, 0.5) if layout == "radimagenet" else (0.449, 0.226)
@@ -84,10 +85,9 @@ def test_stages_are_the_maps_at_five_strides(word, size):
     assert model.dim == model.channels[-1]
 
 
-@pytest.mark.parametrize("word", ["resnet18", "resnet50"])
-def test_gradients_reach_every_parameter_and_recomputation_changes_none(word):
+def test_gradients_reach_every_parameter_and_recomputation_changes_none():
     """Recomputed stages run twice and give the same gradients; no batch counts twice in the statistics."""
-    kept, recomputed = small(word), small(word, checkpoint_activations=True)
+    kept, recomputed = small(), small(checkpoint_activations=True)
     calls = {kept: 0, recomputed: 0}
     for model in calls:
         def count(*_, model=model):

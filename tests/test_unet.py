@@ -96,6 +96,7 @@ def naive_gate(gate, x, g):
 def test_the_network_is_its_formula(encoder, attention):
     """Gates weigh what they should, joined kernels are exact for skips of any width."""
     model, x = small(encoder=encoder, attention=attention).double(), images((64, 32)).double()
+    assert [block.joined for block in model.decoder.blocks][-3:] == [False, True, True]
     gates = [block.gate for block in model.decoder.blocks]
     assert gates[-1] is None and all((gate is not None) == attention for gate in gates[:-1])
     torch.testing.assert_close(model(x), naive_forward(model, x))

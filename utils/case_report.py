@@ -1,0 +1,196 @@
+"""What evaluate.py writes of a model's answers: tables, a row for each case, pictures.
+
+results: dict case -> (outputs [C], labels [L]): float32 on the CPU, as ``utils.classification`` describes
+them for the word of a loss; NaN = unknown.
+"""
+
+import csv
+
+import torch
+
+from utils.classification import Interval, bootstrap, confusion_figure, rates, roc_figure, table
+from utils.mask_metrics import table as mask_table
+from utils.photo_metrics import PhotoMetrics, calibration_figure, class_table
+from utils.photo_sheet import photo_sheet
+from utils.scores import beside
+from utils.slice_sheet import slice_sheet
+
+
+def write_rows(path, rows):
+    """Write dicts with the same keys as a CSV; nan is empty."""
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows({key: "" if value != value else value for key, value in row.items()} for row in rows)
+
+
+def write_figures(path, figures):
+    """Write a dict name -> Interval as metrics.csv; nothing where it is empty."""
+    if not figures:
+        return
+    with open(path, "w", newline="") as file:
+        csv.writer(file).writerows([("figure", "value", "low", "high", "undefined_resamples"),
+                                    *((name, *figure) for name, figure in figures.items())])
+
+
+def write_predictions(path, case, word, names, results, patients=None):
+    """predictions.csv: for each case its probabilities (numbers, for a regression) and its true labels.
+
+    For classes, also the predicted one.  case: what it is; patients: dict case -> patient, for a column.
+    """
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file)
+        columns = [f"true {name}" for name in names] if word != "ce" else ["predicted class", "true class"]
+        writer.writerow([case, *(["patient"] if patients else []), *(f"predicted {name}" for name in names),
+                         *columns])
+        for name, (outputs, truth) in sorted(results.items()):
+            predicted = {"bce": outputs.sigmoid(), "ce": outputs.softmax(0)}.get(word, outputs).tolist()
+            answers = [names[outputs.argmax()]] if word == "ce" else []
+            answers += ["" if value != value else names[int(value)] if word == "ce" else f"{value:g}"
+                        for value in truth.tolist()]
+            writer.writerow([name, *([patients[name]] if patients else []),
+                             *(f"{value:.4f}" for value in predicted), *answers])
+
+
+def labelled(results):
+    """(cases with a label, sorted; their outputs [N, C] and labels [N, L], or None without a case)."""
+    cases = [case for case, (_, labels) in sorted(results.items()) if not labels.isnan().all()]
+    outputs, labels = (torch.stack([results[case][i] for case in cases]) if cases else None for i in (0, 1))
+    return cases, outputs, labels
+
+
+def report_figures(output, title, word, names, results, intervals):
+    """Print the figures of all cases with a label, and draw them -> dict of Intervals, {} without a label.
+
+    intervals: (cases, outputs, labels) -> dict of Intervals; title: (heading of the column, what was drawn).
+    Writes roc.png where there is an AUROC, and confusion.png for classes.
+    """
+    cases, outputs, labels = labelled(results)
+    if not cases:
+        return {}
+    figures = intervals(cases, outputs, labels)
+    print(f"95 % intervals of {title[1]}\n{table({title[0]: figures})}")
+    if "auroc" in figures:
+        roc_figure(output / "roc.png", word, names, outputs, labels, figures)
+    if word == "ce":
+        confusion_figure(output / "confusion.png", names, outputs, labels)
+    return figures
+
+
+def report_classes(output, names, results, picture, mistakes):
+    """classes.txt, calibration.png, and mistakes.png: those whose own class seemed least likely, first.
+
+    outputs: logarithms of probabilities.  picture: case -> image [3, H, W]; mistakes: how many are drawn.
+    """
+    cases, scores, labels = labelled(results)
+    if not cases:
+        return
+    labels, metrics = labels[:, 0].long(), PhotoMetrics(names)
+    metrics.update(scores, labels)
+    (output / "classes.txt").write_text(class_table(metrics.per_class()) + "\n")
+    print(class_table(metrics.per_class()))
+    calibration_figure(output / "calibration.png", metrics.calibration)
+    wrong = [k for k in scores.gather(1, labels[:, None])[:, 0].argsort(stable=True).tolist()
+             if scores[k].argmax() != labels[k]][:mistakes]
+    pictures = [(picture(cases[k]), f"{cases[k]}: {names[scores[k].argmax()]} {scores[k].max().exp():.2f}")
+                for k in wrong]
+    if pictures:
+        photo_sheet(output / "mistakes.png", pictures)
+
+
+def report_masks(output, title, metrics, figures, masks, worst):
+    """Print the figures of masks; write masks.csv, a row for each case and class, and worst.png.
+
+    metrics: a MaskMetrics; figures: its bootstrap; title: as for ``report_figures``.  masks: case -> (image,
+    true, predicted) [H, W], for the ``worst`` cases by their lowest Dice; of equal ones the larger first.
+    """
+    print(f"95 % intervals of {title[1]}\n{mask_table({title[0]: figures})}")
+    rows = metrics.per_case()
+    write_rows(output / "masks.csv", rows)
+    lowest = {}
+    for row in sorted(rows, key=lambda row: (row["dice"], -row["true_voxels"] - row["pred_voxels"])):
+        if row["dice"] == row["dice"]:                       # nan: there was nothing, and nothing was found
+            lowest.setdefault(row["case"], row["dice"])
+    pictures = [(f"{case}: Dice {dice:.2f}", *masks(case)) for case, dice in list(lowest.items())[:worst]]
+    if pictures:
+        slice_sheet(output / "worst.png", pictures)
+
+
+def report_cases(output, split, case, cases, word, names, results, resamples, seed):
+    """All tables and pictures of results, with intervals over the cases; case, cases: what they are."""
+    def intervals(_, outputs, labels):
+        return bootstrap(word, names, outputs, labels, torch.Generator().manual_seed(seed), resamples)
+
+    print(f"{len(results)} {cases} ({split}), {len(labelled(results)[0])} with labels")
+    write_predictions(output / "predictions.csv", case, word, names, results)
+    title = split, f"{resamples} resamples of the {cases}"
+    write_figures(output / "metrics.csv", report_figures(output, title, word, names, results, intervals))
+
+
+def report_slices(output, split, names, metrics, results, look, resamples, seed, mistakes):
+    """All tables and pictures of slices: of their classes, masks, or both; intervals over patients.
+
+    names: of the classes, may be empty; metrics: a MaskMetrics, of no class where there are no masks.
+    results: dict case -> (scores [C] or None, label [1], patient).  look: case -> (item of SliceDataset,
+    predicted mask [H, W] or None).
+    """
+    patients = {case: patient for case, (*_, patient) in results.items()}
+    title = split, f"{resamples} resamples of the {len(set(patients.values()))} patients"
+    print(f"{len(results)} slices ({split})")
+    generator, classes, masks = torch.Generator().manual_seed(seed), {}, {}
+    if names:
+        def intervals(cases, scores, labels):
+            return class_intervals(names, scores, labels, [patients[case] for case in cases], generator,
+                                   resamples)
+
+        scored = {case: result[:2] for case, result in results.items()}
+        write_predictions(output / "predictions.csv", "slice", "ce", names, scored, patients)
+        classes = report_figures(output, title, "ce", names, scored, intervals)
+        report_classes(output, names, scored, lambda case: look(case)[0]["image"].expand(3, -1, -1), mistakes)
+    if metrics.names:
+        def pictures(case):
+            item, predicted = look(case)
+            return item["image"][0], item["mask"], predicted
+
+        masks = metrics.bootstrap(generator, resamples)
+        report_masks(output, title, metrics, masks, pictures, mistakes)
+    write_figures(output / "metrics.csv", beside(classes, masks))
+
+
+def class_intervals(names, outputs, labels, patients, generator, resamples=1000, level=0.95):
+    """Percentile interval of figures of classes, over patients drawn with replacement, with all their cases.
+
+    outputs [N, C], labels [N, 1], patients: N words; generator: torch.Generator -> dict of Intervals as
+    ``confusion_figures`` names them.  Bounds are nan for a single patient, see mask_metrics.bootstrap.
+    """
+    groups = sorted(set(patients))
+    place = {patient: number for number, patient in enumerate(groups)}
+    where = (torch.tensor([place[patient] for patient in patients]), labels[:, 0].long(), outputs.argmax(1))
+    counts = torch.zeros(len(groups), len(names), len(names), dtype=torch.float64)
+    counts.index_put_(where, torch.ones(len(labels), dtype=torch.float64), accumulate=True)
+    drawn = torch.randint(len(groups), (resamples, len(groups)), generator=generator)
+    weights = torch.zeros(resamples, len(groups), dtype=torch.float64)
+    weights.scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.float64))
+    spread = confusion_figures(names, torch.einsum("rp,pij->rij", weights, counts))
+    tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
+    figures = {}
+    for name, value in confusion_figures(names, counts.sum(0, keepdim=True)).items():
+        values = spread[name] if len(groups) > 1 else torch.full_like(spread[name], torch.nan)
+        figures[name] = Interval(value.item(), *torch.nanquantile(values, tails).tolist(),
+                                 values.isnan().sum().item())
+    return figures
+
+
+def confusion_figures(names, confusion):
+    """Figures of confusion matrices float64 [R, C, C], rows the true class -> dict of float64 [R].
+
+    accuracy, balanced_accuracy and f1_macro as PhotoMetrics has them; recall, precision and f1 of each class
+    by its name, as "recall/cord".
+    """
+    tp, predicted, true = confusion.diagonal(dim1=1, dim2=2), confusion.sum(1), confusion.sum(2)
+    total = confusion.sum((1, 2))
+    each = rates(tp, predicted - tp, total[:, None] - predicted - true + tp, true - tp)
+    figures = {"accuracy": tp.sum(1) / total, "balanced_accuracy": each["recall"].nanmean(1),
+               "f1_macro": each["f1"].nanmean(1)}
+    return figures | {f"{key}/{name}": each[key][:, k] for k, name in enumerate(names)
+                      for key in ("recall", "precision", "f1")}
