@@ -156,11 +156,12 @@ def judge_entry(name, entry, stages, rules, args, device):
     same files with the same weights and rules, is not judged again.
     """
     record = args.output / "series" / f"{name}.json"
-    sources = sorted(entry.path.iterdir()) if entry.path.is_dir() else [entry.path]
+    inside = sorted(entry.path.iterdir()) if entry.path.is_dir() else [entry.path]
     made_with = {"path": str(entry.path.resolve()), "uid": entry.uid, "rules": rules,
                  "stages": {stage.name: (stage.digest, stage.kept, stage.threshold) for stage in stages},
                  "overlays": args.overlays,
-                 "files": [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sources]}
+                 "files": [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in inside
+                           if file.is_file()]}
     found = cascade.read_record(record, made_with)
     if found:
         return found

@@ -165,14 +165,17 @@ def write_spine(root, number):
     image[30:34] += 120 * (slices[30:34] % 2)
     for name, values in (("", image), ("_cord", cord), ("_lesion", lesion)):
         nibabel.save(nibabel.Nifti1Image(values.astype(np.int16), np.diag([1, 1, 4, 1])),
-                     root / f"p{number}{name}.nii.gz")
-    return [[f"p{number}.nii.gz,{index},{('bare', 'barred')[index % 2]},p{number}_{mask}.nii.gz,p{number}\n"
+                     root / f"c{number}{name}.nii.gz")
+    return [[f"c{number}.nii.gz,{index},{('bare', 'barred')[index % 2]},c{number}_{mask}.nii.gz,c{number}\n"
              for index in range(6)] for mask in ("cord", "lesion")]
 
 
 @pytest.fixture(scope="session")
 def spine(tmp_path_factory):
-    """Folder with the series of eight patients, cord_masks.csv and lesion_masks.csv."""
+    """Folder with the series of eight patients, cord_masks.csv and lesion_masks.csv.
+
+    By the hashes of their names a quarter is for validation and a quarter for the test.
+    """
     root = tmp_path_factory.mktemp("spine")
     tables = zip(*(write_spine(root, number) for number in range(8)), strict=True)
     for name, parts in zip(("cord_masks", "lesion_masks"), tables, strict=True):

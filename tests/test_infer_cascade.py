@@ -224,6 +224,7 @@ def test_one_bad_series_does_not_stop_the_rest(cascade, refused, tmp_path, capsy
     write_nifti(tmp_path / "in" / "good.nii.gz", volume())
     path = write_nifti(tmp_path / "in" / "cut.nii.gz", volume())
     path.write_bytes(path.read_bytes()[:400])
+    (tmp_path / "in" / "gone.nii.gz").symlink_to(tmp_path / "nowhere.nii.gz")
     write_nifti(tmp_path / "in" / "map.nii.gz", (volume() > 500).astype(np.uint8))
     write_nifti(tmp_path / "in" / "short.nii.gz", volume(slices=3))
     rows, output = cascade()

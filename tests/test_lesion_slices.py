@@ -9,7 +9,7 @@ from utils.config import UserError
 
 
 class Slices:
-    """A SliceDataset in small: 40 slices with a cord, the last without; in the second half lesions of their own."""
+    """A SliceDataset in small: 40 slices with a cord, from the 20th on with real lesions, and one without."""
 
     def __init__(self, mask_classes=("cord", "lesion"), epoch=0):
         self.mask_classes, self.epoch = list(mask_classes), epoch

@@ -50,7 +50,7 @@ def test_slices_score_the_same_in_any_batches_and_repeats_do_not_count():
 
 
 def test_slices_score_as_the_metrics_do_alone():
-    """The mean over slices of the loss of each, and the figures of both kinds; unknown classes are left out."""
+    """The mean of each slice's loss, and the figures of both kinds; unknown classes are left out."""
     batch, outputs = slices()
     scores = SliceScores(loss, ["a", "b", "c"], ["cord"])
     scores.add(batch, outputs, 7)
@@ -87,7 +87,7 @@ def test_logits_score_as_one_batch():
     assert found["accuracy"] == pytest.approx((logits.argmax(1) == labels).float().mean().item())
 
 
-@pytest.mark.parametrize("names, mask_names", [([], ["cord"]), (["a", "b"], []), (["a", "b"], ["cord", "csf"])])
+@pytest.mark.parametrize("names, mask_names", [("", ["cord"]), ("ab", []), ("ab", ["cord", "csf"])])
 def test_a_monitor_that_is_not_measured_is_named_with_those_that_are(names, mask_names):
     """Before an epoch is spent; of several mask classes each has figures of its own."""
     def scores():

@@ -127,20 +127,20 @@ def test_patients_are_never_in_two_splits_and_a_lists_own_split_wins(no_curves, 
     lines = (spine / "cord_masks.csv").read_text().splitlines()
     for path in spine.glob("*.nii.gz"):
         shutil.copy(path, tmp_path)
-    splits = {f"p{number}": ("train", "val", "test")[min(number // 3, 2)] for number in range(8)}
+    splits = {f"c{number}": ("train", "val", "test")[min(number // 3, 2)] for number in range(8)}
     text = [f"{lines[0]},split", *(f"{line},{splits[line.rsplit(',', 1)[1]]}" for line in lines[1:])]
     (tmp_path / "own.csv").write_text("\n".join(text))
     run = train_spine("segment", "own", words=["--data", tmp_path / "own.csv", "--fast-dev-run"])
     own, _, _, _ = builders.find_spine("segment", tmp_path / "own.csv")
     assert {name: {slice.patient for slice in part} for name, part in builders.split_spine(own).items()} == {
-        "train": {"p0", "p1", "p2"}, "val": {"p3", "p4", "p5"}, "test": {"p6", "p7"}}
+        "train": {"c0", "c1", "c2"}, "val": {"c3", "c4", "c5"}, "test": {"c6", "c7"}}
     assert (run / "segment_best.pt").exists()
     assert {row.split for row in read_csv(tmp_path / "own.csv")[0]} == {"train", "val", "test"}
 
 
 def test_a_folder_of_patients_is_cut_along_the_axis_asked_for(no_curves, train_spine, spine, tmp_path):
     """SPINE_MASK_WORD finds the masks beside the series, SPINE_SPLIT_CSV decides who is trained on."""
-    rows = ["patient,split", *(f"p{n},{'test' if n > 3 else 'val' if n > 1 else 'train'}" for n in range(8))]
+    rows = ["patient,split", *(f"c{n},{'test' if n > 3 else 'val' if n > 1 else 'train'}" for n in range(8))]
     (tmp_path / "split.csv").write_text("\n".join(rows))
     run = train_spine("segment", "folder", "SPINE_MASK_WORD=cord", "SPINE_AXIS=coronal", "SPINE_FIT=squash",
                       f"SPINE_SPLIT_CSV={tmp_path / 'split.csv'}", "SPINE_EPOCHS=1", words=["--data", spine])
@@ -195,7 +195,7 @@ def test_painted_lesions_are_tested_on_real_ones(no_curves, train_spine, script,
     assert {row["class"] for row in painted + real} == {"lesion"}
     assert [row["case"] for row in painted] == [row["case"] for row in real]
     assert sum(row["true_voxels"] != "0" for row in real) == 6             # slices 3 to 5 of two patients
-    assert 8 <= sum(row["true_voxels"] != "0" for row in painted) <= 10
+    assert 6 <= sum(row["true_voxels"] != "0" for row in painted) <= 10
     line = refused("train_finetune", "--task", "segment", "-n", "b", "--data", spine / "cord_masks.csv",
                    "--set", *SMALL_SPINE, f"RUNS_DIR={tmp_path}", "SPINE_LESIONS=1.0")
     assert "SPINE_LESIONS_IN_VALIDATION = False" in line
@@ -331,7 +331,7 @@ def test_data_that_do_not_fit_the_task_are_refused(refused, train_spine, spine, 
         return refused("train_finetune", "--task", kind, "-n", "a", "--data", tmp_path / "a.csv", *words,
                        "--set", *SMALL_SPINE, f"RUNS_DIR={tmp_path / 'runs'}", *settings)
 
-    paths = [f"p{number}.nii.gz" for number in range(8)]
+    paths = [f"c{number}.nii.gz" for number in range(8)]
     bare = "\n".join(["path", *paths])
     assert "no slice has a mask of cord" in line("segment", bare)
     assert "has no class" in line("classify", bare)
@@ -353,7 +353,7 @@ def test_a_bad_file_stops_training_or_is_skipped_and_evaluation_leaves_it_out(
     for number in range(8):
         if number in (1, 2, 3, 4):
             nibabel.save(nibabel.Nifti1Image(np.zeros((40, 36, 5), np.int16), np.diag([1, 1, 4, 1])),
-                         tmp_path / "data" / f"p{number}_cord.nii.gz")
+                         tmp_path / "data" / f"c{number}_cord.nii.gz")
     words = ["--data", tmp_path / "data" / "cord_masks.csv"]
     assert "_cord.nii.gz" in refused("train_finetune", "--task", "segment", "-n", "a", *words, "--set",
                                      *SMALL_SPINE, f"RUNS_DIR={tmp_path}")

@@ -172,11 +172,10 @@ def report_truth(results, entries, truths, kept, names, folder, axis):
     called, true = lesions_called(results, truths, kept, seen) if "lesion_mask" in names else ([], [])
     if called:
         values = dict(zip(("F1", "precision", "recall"), f1_of(called, true), strict=True))
+        figures += [(f"end_to_end/{name.lower()}", value, len(true)) for name, value in values.items()]
         if "lesion" in parts:
             values["lesion Dice"] = parts["lesion"]["dice"]
         lines.append("end to end: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items())
                      + f" ({sum(true)} of {len(true)} series are looked for and have a lesion; the cascade "
                      f"finds one in {sum(called)})")
-        figures += [(f"end_to_end/{name.lower().replace(' ', '_')}", value, len(true))
-                    for name, value in values.items()]
     return notes + lines, figures

@@ -107,10 +107,9 @@ def report_masks(output, title, metrics, figures, masks, worst):
     print(f"95 % intervals of {title[1]}\n{mask_table({title[0]: figures})}")
     rows = metrics.per_case()
     write_rows(output / "masks.csv", rows)
-    lowest = {}
+    lowest, rows = {}, [row for row in rows if row["dice"] == row["dice"]]   # nan: rightly nothing was found
     for row in sorted(rows, key=lambda row: (row["dice"], -row["true_voxels"] - row["pred_voxels"])):
-        if row["dice"] == row["dice"]:                       # nan: there was nothing, and nothing was found
-            lowest.setdefault(row["case"], row["dice"])
+        lowest.setdefault(row["case"], row["dice"])
     pictures = [(f"{case}: Dice {dice:.2f}", *masks(case)) for case, dice in list(lowest.items())[:worst]]
     if pictures:
         slice_sheet(output / "worst.png", pictures)
