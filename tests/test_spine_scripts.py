@@ -233,8 +233,8 @@ def test_depth_threshold_and_found_share_are_used(no_curves, train_spine):
     common = ["SPINE_EPOCHS=5", "SPINE_UPDATE_EVERY_BATCHES=1", "SPINE_LR=1e-2", "USE_EMA=False",
               "SPINE_ENCODER=plain", "SAMPLES_PER_EPOCH=0"]
     runs = {name: history(train_spine("segment", name, *common, *options), "segment")[-1]
-            for name, options in {"plain": [], "flat": ["SPINE_DEPTH=2"], "sure": ["SPINE_THRESHOLD=0.6"],
-                                  "share": ["SPINE_THRESHOLD=0.6", "SPINE_FOUND_SHARE=0.99"]}.items()}
+            for name, options in {"plain": [], "flat": ["SPINE_DEPTH=2"], "sure": ["SPINE_THRESHOLD=0.8"],
+                                  "share": ["SPINE_THRESHOLD=0.8", "SPINE_FOUND_SHARE=0.99"]}.items()}
     assert runs["plain"]["val/loss"] != runs["flat"]["val/loss"]
     assert runs["plain"]["val/loss"] == runs["sure"]["val/loss"] == runs["share"]["val/loss"]
     assert runs["plain"]["val/dice"] != runs["sure"]["val/dice"]
