@@ -13,7 +13,8 @@ NIfTI in the space of the source file and a PNG of the slices that it looked at 
 table of the classes, calibration.png, and mistakes.png: the photographs whose class seemed least likely.
 The splits of hvit are those of splits.csv beside the checkpoint.  For classify as for hvit, but no roc.png;
 for segment masks.csv (a row per slice and mask class) and worst.png (the masks of lowest Dice); multitask has
-both, and the intervals of these three are over patients.  --set changes what the training had set.
+both, and the intervals of these three are over patients, or what --resample says.  --set changes what the
+training had set.
 """
 
 import argparse
@@ -34,7 +35,7 @@ from models.slice_nets import named_outputs
 from prepare_data import study_paths
 from train_finetune import STAY
 from utils.attention_maps import write_attention
-from utils.case_report import report_cases, report_classes, report_slices
+from utils.case_report import UNITS, report_cases, report_classes, report_slices
 from utils.checkpoint import load_checkpoint
 from utils.config import UserError, apply_overrides, restore_constants, run_script
 from utils.device import autocast, to_device
@@ -52,6 +53,8 @@ def parse_args():
     add("--labels", metavar="CSV", help="(default: the training's STUDY_LABELS)")
     add("--split", default="test", choices=["train", "val", "test", "all"], help="(default: %(default)s)")
     add("--bootstrap", type=int, default=1000, metavar="N", help="resamples (default: %(default)s)")
+    add("--resample", default="patient", choices=UNITS,
+        help="slices: what the intervals are over (default: %(default)s)")
     add("--tta", type=int, nargs="?", const=2, default=1, metavar="N",
         help="hvit: mean of N views, 2 to 8: mirrored, then turned (without N: 2)")
     add("--mistakes", type=int, default=12, metavar="N", help="how many to draw (default: %(default)s)")
@@ -167,7 +170,7 @@ def evaluate_hvit(args, checkpoint, device):
 
 @torch.no_grad()
 def evaluate_slices(args, checkpoint, device):
-    """As evaluate_mil, of slices: (patient, logarithms of probabilities [C], label [1]), NaN = unknown."""
+    """As evaluate_mil, of slices: logarithms of probabilities [C], label [1], names by case_report.UNITS."""
     kind, names, mask_names = (checkpoint[key] for key in ("kind", "names", "mask_names"))
     _, slices, _, _ = builders.find_spine(kind, args.data, names)
     slices = slices if args.split == "all" else builders.split_spine(slices)[args.split]
@@ -193,7 +196,8 @@ def evaluate_slices(args, checkpoint, device):
                 continue
             label = batch["label"][k:k + 1].float().where(batch["label"][k:k + 1] >= 0, torch.nan)
             scores = outputs["labels"][k].log_softmax(0) if names else None
-            results[batch["case"][k]] = (scores, label, batch["patient"][k])
+            results[batch["case"][k]] = (scores, label, {
+                "patient": batch["patient"][k], "series": batch["series"][k], "slice": batch["case"][k]})
             if mask_names:
                 metrics.update(outputs["masks"][k:k + 1], *(batch[key][k:k + 1] for key in (
                     "mask", "spacing", "case", "patient")))
@@ -204,9 +208,9 @@ def evaluate_slices(args, checkpoint, device):
         masks = predict({"image": item["image"][None]}).get("masks")
         return item, None if masks is None else predict_masks(masks, len(mask_names), C.SPINE_THRESHOLD)[0]
 
-    places = {f"{slice.series}:{slice.index}": i for i, slice in enumerate(slices)}
+    places = {slice.case: i for i, slice in enumerate(slices)}
     return results, lambda results: report_slices(args.output, args.split, names, metrics, results, look,
-                                                  args.bootstrap, C.SEED, args.mistakes)
+                                                  args.bootstrap, args.resample, C.SEED, args.mistakes)
 
 
 TASKS = {"mil": evaluate_mil, "hvit": evaluate_hvit, "classify": evaluate_slices, "segment": evaluate_slices,

@@ -6,7 +6,8 @@
         --keep "anatomy=MR/spine/*" location_view=cervical_sagittal,thoracic_sagittal sequence=T2w
     torchrun --nproc_per_node=4 infer_cascade.py --input scans --weights weights --output out
 
---weights holds <stage>.pt, each a checkpoint of train_finetune.py; a stage without a file is left out.
+--weights holds <stage>.pt, checkpoints of train_finetune.py, or is a folder of runs named after the stages; a
+stage that it lacks is left out.
 DICOM, NIfTI and folders of PNG are found below --input.  The slices of a series vote on its anatomy, its
 location and view, and its sequence; of the series that are kept, the slices with cord are segmented.  Writes
 cascade.csv (a row for each series), slices.csv (for each slice), bad_files.csv (series that cannot be used),
@@ -50,7 +51,7 @@ def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--input", required=True, type=Path, metavar="DIR", help="folder with series, at any depth")
-    add("--weights", required=True, type=Path, metavar="DIR", help="folder of <stage>.pt")
+    add("--weights", required=True, type=Path, metavar="DIR", help="folder of <stage>.pt, or of runs")
     add("--output", required=True, type=Path, metavar="DIR", help="folder for tables, masks and pictures")
     add("--stages", nargs="+", choices=STAGES, help="(default: those that have a file)")
     add("--keep", nargs="+", default=[], metavar="STAGE=CLASS", help="classes that go on, also CLASS,CLASS "
@@ -81,7 +82,7 @@ def parse_args():
 
 def load_stages(args, device):
     """The Stages to be used, in their order; says what they keep, which are left out and what that means."""
-    paths = {name: args.weights / f"{name}.pt" for name in STAGES if name in (args.stages or STAGES)}
+    paths = {name: weights_of(args.weights, name) for name in args.stages or STAGES}
     missing = [path for path in paths.values() if not path.is_file()]
     if len(missing) == len(paths) or (args.stages and missing):
         raise UserError(f"{missing[0]}: no such file; put a checkpoint of train_finetune.py there, named "
@@ -98,6 +99,11 @@ def load_stages(args, device):
     for name in (name for name in STAGES if name not in paths):
         builders.say(f"{name}: left out; {cascade.LEFT_OUT[name]}")
     return stages
+
+
+def weights_of(folder, stage):
+    """Path of a stage's checkpoint: <stage>.pt, or the best one of a run that is named after the stage."""
+    return next(iter(sorted((folder / stage).glob("*_best.pt"))), folder / f"{stage}.pt")
 
 
 def load_stage(name, path, words, before, threshold, device):

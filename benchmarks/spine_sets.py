@@ -2,17 +2,17 @@
 
     python benchmarks/spine_sets.py --data spine --output data/spine
 
---data holds errsm30, fake_lesion and pam50_small: a subject in four contrasts, a subject with a lesion painted
-into its T2w image, and the PAM50 template with its vertebral levels.  Writes CSV files for --data of
+--data holds errsm30, fake_lesion and pam50_small: a subject in several contrasts, a subject with a lesion
+painted into its T2w image, and the PAM50 template with its vertebral levels.  Writes CSV files for --data of
 train_finetune.py, and below sagittal/ pieces of the template as long as they are wide (70 mm):
 
-    cord_<subject>.csv   axial slices with masks of the cord; <subject>, errsm30 or fake_lesion, is the test, the
-                         rest trains, but for the template's C4 to C6, which choose the checkpoint
+    cord_<subject>.csv   axial slices with masks of the cord; <subject>, errsm30 or fake_lesion, is the test,
+                         the rest trains, but for the template's C4 to C6, which choose the checkpoint
     view.csv             slices along the three axes; the template trains, the two subjects are the test
-    level.csv            axial slices of the template: cervical, thoracic, lumbar; C4, C5, T5 to T7 and L1 are the
-                         test, C6, T9 and the lowest 10 mm choose the checkpoint
-    lesion.csv           sagittal slices with masks of the cord, to paint lesions into; errsm30 and the template
-                         down to T9 train, what lies below chooses the checkpoint
+    level.csv            axial slices of the template: cervical, thoracic, lumbar; C4, C5, T5 to T7 and L1 are
+                         the test, C6, T9 and the lowest 10 mm choose the checkpoint
+    lesion.csv           sagittal slices with masks of the cord, to paint lesions into; errsm30 and the
+                         template down to T9 train, what lies below chooses the checkpoint
     lesion_<axis>.csv    all slices of fake_lesion along an axis, with masks of the lesion: the test
 """
 
@@ -87,8 +87,9 @@ def cord_rows(data, levels, test):
 
 def view_rows(data, pieces):
     """Rows of slices of the pieces and of the two subjects' T2w images, along each of the three axes."""
+    template = [(path, f"template_{split}", split) for path, _, split in pieces]
     subjects = [(data / FAKE[0], "fake_lesion", "test"), (data / "errsm30/t2/t2.nii.gz", "errsm30", "test")]
-    for path, patient, split in [*((path, f"template_{split}", split) for path, _, split in pieces), *subjects]:
+    for path, patient, split in template + subjects:
         for axis in ("axial", "coronal", "sagittal"):
             yield path, "", axis, axis, "", patient, split
 
@@ -121,7 +122,7 @@ def main():
     data, output = args.data.resolve(), args.output.resolve()
     missing = [path for path in (*TEMPLATE, *FAKE, *ERRSM.values()) if not (data / path).is_file()]
     if missing:
-        raise UserError(f"{data / missing[0]}: no such file; --data is sct_testing_data of the Spinal Cord Toolbox")
+        raise UserError(f"{data / missing[0]}: no such file of sct_testing_data (Spinal Cord Toolbox)")
     levels, pieces = level_of_slices(data), cut_pieces(data, output / "sagittal")
     tables = {"cord_errsm30": cord_rows(data, levels, "errsm30"), "view": view_rows(data, pieces),
               "cord_fake_lesion": cord_rows(data, levels, "fake_lesion"), "level": level_rows(data, levels),

@@ -47,6 +47,11 @@ class Slice(NamedTuple):
     uid: str = ""
     split: str = ""
 
+    @property
+    def case(self):
+        """Its name in tables: "<series>:<index>", with the axis before the index where one was asked for."""
+        return f"{self.series}:{'' if self.axis == 'stored' else self.axis + ' '}{self.index}"
+
 
 def find_slices(data, layout="auto", axis="stored", mask="", classes=None, labelled=False,
                 on_bad_file="stop"):
@@ -177,7 +182,7 @@ class SliceDataset(Dataset):
         label      int, number of the class, -1: none
         seed       int, for the augmentation of this slice; in validation the same in every epoch
         spacing    float32 [2], mm between the rows and columns of the square (a picture's pixel counts as 1)
-        case       str, series and index; series, patient: str
+        case       str, see Slice; series, patient: str
         bad_files  str, messages of files skipped to make this item, joined by ";"
     mask_classes: names of the values 1.. in the masks; without any no mask is read.
     fit: "letterbox" keeps the slice's shape in mm, with room around it; "squash" fills the square.
@@ -233,7 +238,7 @@ class SliceDataset(Dataset):
         return {"image": torch.from_numpy(square)[None], "mask": mask, "label": slice.label,
                 "seed": int(torch.randint(2 ** 63 - 1, (), generator=generator)),
                 "spacing": torch.tensor(extent / box[2:], dtype=torch.float32),
-                "case": f"{slice.series}:{slice.index}", "series": slice.series, "patient": slice.patient}
+                "case": slice.case, "series": slice.series, "patient": slice.patient}
 
     def load(self, slice):
         """(Series, (low, high) or None, Series of the mask or None), kept for the series' next slice."""

@@ -132,13 +132,13 @@ def test_slices_are_reported_by_what_the_network_tells(names, mask_names, tmp_pa
     metrics, true, predicted = masks()
     metrics = metrics if mask_names else MaskMetrics([])
     scores = torch.tensor([0.3, 0.7]).log() if names else None
-    results = {case: (scores, torch.tensor([float(i % 2)]), "pq"[i // 2])
+    results = {case: (scores, torch.tensor([float(i % 2)]), {"patient": "pq"[i // 2], "slice": case})
                for i, case in enumerate(("good", "empty", "third", "alarm"))}
 
     def look(case):
         return {"image": torch.zeros(1, 16, 16), "mask": true[0]}, predicted[0] if mask_names else None
 
-    report_slices(tmp_path, "test", names, metrics, results, look, 10, 0, 3)
+    report_slices(tmp_path, "test", names, metrics, results, look, 10, "patient", 0, 3)
     figures = {row["figure"]: float(row["value"]) for row in rows_of(tmp_path / "metrics.csv")}
     assert ("f1_macro" in figures) == bool(names) and ("dice" in figures) == bool(mask_names)
     assert ("pixel_accuracy" in figures) == (len(names) > 0 < len(mask_names))
@@ -147,3 +147,23 @@ def test_slices_are_reported_by_what_the_network_tells(names, mask_names, tmp_pa
     found = {path.name for path in tmp_path.iterdir()}
     assert ({"predictions.csv", "classes.txt", "mistakes.png"} <= found) == bool(names)
     assert ({"masks.csv", "worst.png"} <= found) == bool(mask_names)
+
+
+def test_intervals_are_over_the_unit_that_was_asked_for(tmp_path, capsys):
+    """Of one patient alone only his slices can be drawn again; the figures themselves stay."""
+    metrics, true, predicted = masks()
+    metrics.patients = ["p"] * 4
+    names = {case: {"patient": "p", "slice": case} for case in metrics.cases}
+    results = {case: (None, torch.tensor([torch.nan]), names[case]) for case in metrics.cases}
+
+    def look(case):
+        return {"image": torch.zeros(1, 16, 16), "mask": true[0]}, predicted[0]
+
+    figures = {}
+    for unit in ("patient", "slice"):
+        report_slices(tmp_path, "test", [], metrics, results, look, 50, unit, 0, 3)
+        figures[unit] = {row["figure"]: row for row in rows_of(tmp_path / "metrics.csv")}["dice_all"]
+    assert figures["patient"]["value"] == figures["slice"]["value"]
+    assert figures["patient"]["low"] == figures["patient"]["high"] == "nan"
+    assert float(figures["slice"]["low"]) < float(figures["slice"]["high"])
+    assert "50 resamples of the 4 slices" in capsys.readouterr().out

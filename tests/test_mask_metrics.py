@@ -279,7 +279,7 @@ def test_the_bootstrap_draws_patients_with_all_their_cases():
     pred, masks = pair((9, 16, 16))
     patients = list("aabbbccdd")
     metrics = measured(pred, masks, patients=patients)
-    intervals = metrics.bootstrap(torch.Generator().manual_seed(3), 40, 0.8)
+    intervals = metrics.bootstrap(torch.Generator().manual_seed(3), 40, level=0.8)
     drawn = torch.randint(4, (40, 4), generator=torch.Generator().manual_seed(3))
     resamples = []
     for draw in drawn.tolist():

@@ -167,5 +167,5 @@ def test_demo_studies_come_with_labels_and_their_cache(run, tmp_path, capsys):
     written = {path: path.stat().st_mtime_ns for path in folder.rglob("*.pt")}
     run(*words)
     assert written == {path: path.stat().st_mtime_ns for path in folder.rglob("*.pt")}
-    with pytest.raises(UserError, match="studies, em, leaves; did you mean studies"):
+    with pytest.raises(UserError, match="leaves, spine; did you mean studies"):
         run("demo", "study", "--output", tmp_path)

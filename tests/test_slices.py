@@ -238,6 +238,17 @@ def test_a_table_says_what_folders_do(tmp_path):
         "sagittal", "coronal", "stored"}
 
 
+def test_a_series_cut_along_two_axes_has_no_case_twice(tmp_path):
+    """Whoever gathers results by case would otherwise lose the slices of one axis."""
+    write_nifti(tmp_path / "a.nii.gz", NOISE)
+    slices, *_ = find_slices(table(tmp_path / "a.csv", ["path", "axis"], ["a.nii.gz", "axial"],
+                                   ["a.nii.gz", "sagittal"], ["a.nii.gz", ""]))
+    dataset = SliceDataset(slices, 16, False)
+    cases = [dataset[i]["case"] for i in range(len(dataset))]
+    assert len(set(cases)) == len(cases) == 6 + 24 + 6
+    assert {"a.nii.gz:axial 0", "a.nii.gz:sagittal 23", "a.nii.gz:5"} <= set(cases)
+
+
 def test_dicom_series_of_a_folder_are_named_by_their_uid(tmp_path):
     """Found one by one in folders; in a table the column series tells which is meant."""
     for folder, uid, factor in (("a", "1.2.3.4", 1), ("b", "1.2.3.5", 2)):

@@ -15,6 +15,8 @@ from utils.photo_sheet import photo_sheet
 from utils.scores import beside
 from utils.slice_sheet import slice_sheet
 
+UNITS = {"patient": "patients", "series": "series", "slice": "slices"}        # what may be resampled
+
 
 def write_rows(path, rows):
     """Write dicts with the same keys as a CSV; nan is empty."""
@@ -126,20 +128,21 @@ def report_cases(output, split, case, cases, word, names, results, resamples, se
     write_figures(output / "metrics.csv", report_figures(output, title, word, names, results, intervals))
 
 
-def report_slices(output, split, names, metrics, results, look, resamples, seed, mistakes):
-    """All tables and pictures of slices: of their classes, masks, or both; intervals over patients.
+def report_slices(output, split, names, metrics, results, look, resamples, unit, seed, mistakes):
+    """All tables and pictures of slices: of their classes, masks, or both; intervals over a unit of UNITS.
 
     names: of the classes, may be empty; metrics: a MaskMetrics, of no class where there are no masks.
-    results: dict case -> (scores [C] or None, label [1], patient).  look: case -> (item of SliceDataset,
-    predicted mask [H, W] or None).
+    results: dict case -> (scores [C] or None, label [1], dict of its "patient", "series" and "slice").
+    look: case -> (item of SliceDataset, predicted mask [H, W] or None).
     """
-    patients = {case: patient for case, (*_, patient) in results.items()}
-    title = split, f"{resamples} resamples of the {len(set(patients.values()))} patients"
+    groups = {case: of[unit] for case, (*_, of) in results.items()}
+    patients = {case: of["patient"] for case, (*_, of) in results.items()}
+    title = split, f"{resamples} resamples of the {len(set(groups.values()))} {UNITS[unit]}"
     print(f"{len(results)} slices ({split})")
     generator, classes, masks = torch.Generator().manual_seed(seed), {}, {}
     if names:
         def intervals(cases, scores, labels):
-            return class_intervals(names, scores, labels, [patients[case] for case in cases], generator,
+            return class_intervals(names, scores, labels, [groups[case] for case in cases], generator,
                                    resamples)
 
         scored = {case: result[:2] for case, result in results.items()}
@@ -151,20 +154,21 @@ def report_slices(output, split, names, metrics, results, look, resamples, seed,
             item, predicted = look(case)
             return item["image"][0], item["mask"], predicted
 
-        masks = metrics.bootstrap(generator, resamples)
+        masks = metrics.bootstrap(generator, resamples, [groups[case] for case in metrics.cases])
         report_masks(output, title, metrics, masks, pictures, mistakes)
     write_figures(output / "metrics.csv", beside(classes, masks))
 
 
-def class_intervals(names, outputs, labels, patients, generator, resamples=1000, level=0.95):
-    """Percentile interval of figures of classes, over patients drawn with replacement, with all their cases.
+def class_intervals(names, outputs, labels, units, generator, resamples=1000, level=0.95):
+    """Percentile interval of figures of classes, over units drawn with replacement, with all their cases.
 
-    outputs [N, C], labels [N, 1], patients: N words; generator: torch.Generator -> dict of Intervals as
-    ``confusion_figures`` names them.  Bounds are nan for a single patient, see mask_metrics.bootstrap.
+    outputs [N, C], labels [N, 1]; units: N names, such as the patients; generator: torch.Generator.  Returns
+    a dict of Intervals as ``confusion_figures`` names them; bounds are nan for a single unit, see
+    mask_metrics.bootstrap.
     """
-    groups = sorted(set(patients))
-    place = {patient: number for number, patient in enumerate(groups)}
-    where = (torch.tensor([place[patient] for patient in patients]), labels[:, 0].long(), outputs.argmax(1))
+    groups = sorted(set(units))
+    place = {unit: number for number, unit in enumerate(groups)}
+    where = (torch.tensor([place[unit] for unit in units]), labels[:, 0].long(), outputs.argmax(1))
     counts = torch.zeros(len(groups), len(names), len(names), dtype=torch.float64)
     counts.index_put_(where, torch.ones(len(labels), dtype=torch.float64), accumulate=True)
     drawn = torch.randint(len(groups), (resamples, len(groups)), generator=generator)

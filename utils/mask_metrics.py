@@ -112,21 +112,22 @@ class MaskMetrics:
         figures = self.weigh([0] * len(self.rows), torch.ones(1, 1, dtype=torch.float64))
         return {name: values.item() for name, values in figures.items()}
 
-    def bootstrap(self, generator, resamples=1000, level=0.95):
-        """Percentile interval of every figure, over patients drawn with replacement, with all their cases.
+    def bootstrap(self, generator, resamples=1000, units=None, level=0.95):
+        """Percentile interval of every figure, over units drawn with replacement, with all their cases.
 
-        generator: torch.Generator.  Returns dict name -> utils.classification.Interval; its bounds are nan
-        where no resample has the figure, and for a single patient, whom resampling cannot change.
+        generator: torch.Generator; units: a name for each of ``cases``; None: its patient.  Returns dict
+        name -> utils.classification.Interval; its bounds are nan where no resample has the figure, and for a
+        single unit, which resampling cannot change.
         Cases of a patient are alike, so drawing cases would give too narrow an interval (Davison & Hinkley
         1997, Bootstrap Methods and their Application, section 3.8).
         """
-        patients = sorted(set(self.patients))
-        number = {patient: i for i, patient in enumerate(patients)}
-        drawn = torch.randint(len(patients), (resamples, len(patients)), generator=generator) \
-            if len(patients) > 1 else torch.zeros(resamples, 0, dtype=torch.int64)
-        weights = torch.zeros(resamples, len(patients), dtype=torch.float64)
+        units = self.patients if units is None else units
+        number = {unit: i for i, unit in enumerate(sorted(set(units)))}
+        drawn = torch.randint(len(number), (resamples, len(number)), generator=generator) \
+            if len(number) > 1 else torch.zeros(resamples, 0, dtype=torch.int64)
+        weights = torch.zeros(resamples, len(number), dtype=torch.float64)
         weights.scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.float64))
-        figures = self.weigh([number[patient] for patient in self.patients], weights)
+        figures = self.weigh([number[unit] for unit in units], weights)
         tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
         return {name: Interval(value, *torch.nanquantile(figures[name], tails).tolist(),
                                figures[name].isnan().sum().item()) for name, value in self.compute().items()}
