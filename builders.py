@@ -288,7 +288,7 @@ def build_slice_network(kind, names, mask_names, start=True):
     model = build_slice_model(
         kind, names, mask_names, C.SPINE_ENCODER, C.SPINE_TASK_WEIGHTING, C.SPINE_TASK_WEIGHTS,
         C.ACTIVATION_CHECKPOINTING, depth=C.SPINE_DEPTH, features=C.SPINE_FEATURES,
-        attention=C.SPINE_ATTENTION, xavier=C.SPINE_XAVIER)
+        attention=C.SPINE_ATTENTION, xavier=C.SPINE_XAVIER, prior=C.SPINE_MASK_PRIOR)
     if start and C.SPINE_WEIGHTS:
         say_filled("SPINE_WEIGHTS", C.SPINE_WEIGHTS, *load_resnet_weights(encoder_of(model), C.SPINE_WEIGHTS))
     return model.to(memory_format=torch.channels_last) if C.CHANNELS_LAST else model

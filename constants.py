@@ -415,6 +415,7 @@ SPINE_DEPTH = 4                  # plain: halvings of the slice
 SPINE_FEATURES = 16              # width of a U-Net at full resolution; doubles with each level
 SPINE_ATTENTION = False          # gates on the U-Net's skip connections
 SPINE_XAVIER = False             # first weights after Glorot & Bengio 2010; False: torch's
+SPINE_MASK_PRIOR = 0.05          # probability of masks before training (Lin et al. 2017); 0: torch's bias
 SPINE_WEIGHTS = ""               # torchvision's or RadImageNet's file for the ResNet; "": random, or --init
 SPINE_LOSS = "dice"              # of masks: "dice" | "bce" | "ce" | "combined" | "l1" | "mse" | "smooth_l1"
 # | "nll" | "kl" | "bce_logits"; classes have the cross-entropy
@@ -568,10 +569,22 @@ PRESETS = {
         "SPINE_SEVERITY": "heavy", "SPINE_EPOCHS": 200, "SPINE_BATCH_SIZE": 64, "SPINE_LR": 1e-3,
         "OPTIMIZER": "adam", "SPINE_WEIGHT_DECAY": 0.0, "SPINE_SCHEDULE": "step", "STEP_GAMMA": 1.0,
         "PRECISION": "fp32", "SAVE_EVERY_EPOCHS": 0, "KEEP_TOP_K": 5, "SAMPLES_PER_EPOCH": 3},
-    "spine_demo": {              # a minute a stage on two CPU cores; which stage: SPINE_DEMO_TABLE
-        "SPINE_SIZE": 96, "SPINE_EPOCHS": 3, "SPINE_BATCH_SIZE": 16, "SPINE_LR": 1e-3, "SPINE_BALANCE": True,
-        "SPINE_LOSS": "combined", "EMA_DECAY": 0.95, "SAVE_EVERY_EPOCHS": 0, "KEEP_TOP_K": 1,
-        "SAMPLES_PER_EPOCH": 3},
+    "spine_small": {             # classes, minutes of a CPU core on some hundred slices
+        "SPINE_SIZE": 96, "SPINE_EPOCHS": 6, "SPINE_BATCH_SIZE": 16, "SPINE_LR": 1e-3, "SPINE_BALANCE": True,
+        "EMA_DECAY": 0.95, "SAVE_EVERY_EPOCHS": 0, "KEEP_TOP_K": 1, "SAMPLES_PER_EPOCH": 3},
+    "spine_small_masks": {       # the same for masks
+        "SPINE_SIZE": 96, "SPINE_ENCODER": "plain", "SPINE_FEATURES": 16, "SPINE_EPOCHS": 12,
+        "SPINE_BATCH_SIZE": 8, "SPINE_LR": 3e-3, "SPINE_SEVERITY": "heavy", "EMA_DECAY": 0.95,
+        "SAVE_EVERY_EPOCHS": 0, "KEEP_TOP_K": 1, "SAMPLES_PER_EPOCH": 3},
+    "spine_demo": {              # half a minute a stage on two CPU cores; which stage: SPINE_DEMO_TABLE
+        "RUNS_DIR": "runs/spine_demo",       # named after their stages, the runs are infer_cascade.py's --weights
+        "SPINE_SIZE": 96, "SPINE_EPOCHS": 2, "SPINE_BATCH_SIZE": 16, "SPINE_LR": 1e-3, "SPINE_BALANCE": True,
+        "EMA_DECAY": 0.95, "SAVE_EVERY_EPOCHS": 0, "KEEP_TOP_K": 1, "SAMPLES_PER_EPOCH": 3},
+    "spine_demo_masks": {        # the same for masks, a minute each
+        "RUNS_DIR": "runs/spine_demo", "SPINE_DEMO_TABLE": "cord_masks", "SPINE_SIZE": 128,
+        "SPINE_ENCODER": "plain", "SPINE_FEATURES": 16, "SPINE_EPOCHS": 3, "SPINE_BATCH_SIZE": 8,
+        "SPINE_LR": 5e-3, "SPINE_WARMUP_STEPS": 0.1, "SPINE_SEVERITY": "light", "EMA_DECAY": 0.95,
+        "SAVE_EVERY_EPOCHS": 0, "KEEP_TOP_K": 1, "SAMPLES_PER_EPOCH": 3},
     "demo": {                    # the smallest useful run: minutes on two CPU cores
         "EFFICIENTNET": "b0", "VIT": "tiny", "IMG_SIZE": 128, "MASK_PATCH_SIZE": 32, "BATCH_SIZE": 8,
         "UPDATE_EVERY_BATCHES": 1, "LONGITUDINAL_MIM_EPOCHS": 8, "MAX_LR": 1e-3, "MASK_PROB_HIGH": 0.2,

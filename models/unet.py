@@ -1,5 +1,7 @@
 """U-Net and Attention U-Net for slices of any size, with a plain encoder or a ResNet's."""
 
+import math
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -19,6 +21,8 @@ class UNet(nn.Module):
     plain encoder; features: channels at the finest level, doubled at each coarser one (a ResNet brings its
     own).  attention: gates on the skip connections (Attention U-Net).  encoder: one of ENCODERS.  xavier:
     initial weights of Glorot & Bengio 2010 for all convolutions, zeros for biases; False: torch's.
+    prior: probability in (0, 1) of all structures together that the last bias starts from, as few pixels are
+    of them (Lin et al. 2017, arXiv:1708.02002, section 3.3); 0: torch's random bias.
     checkpoint_activations: recompute each level in the backward pass: less memory, more time.
     ``encoder`` and ``decoder`` have names of their own in the state, so that the weights of a classifier or
     of another U-Net start the encoder alone.
@@ -27,13 +31,19 @@ class UNet(nn.Module):
     """
 
     def __init__(self, in_channels=1, num_classes=1, depth=4, features=16, attention=False, encoder="plain",
-                 xavier=False, checkpoint_activations=False):
+                 xavier=False, prior=0.0, checkpoint_activations=False):
         super().__init__()
+        if not 0 <= prior < 1:
+            raise UserError(f"SPINE_MASK_PRIOR = {prior}: a probability, at least 0 and below 1")
         self.encoder = build_encoder(encoder, in_channels, depth, features, checkpoint_activations)
         self.decoder = Decoder(self.encoder, features, attention, checkpoint_activations)
         self.head = nn.Conv2d(features, num_classes, 1)
         if xavier:
             init_xavier_(self)
+        if prior:
+            structures = max(num_classes - 1, 1)
+            nn.init.constant_(self.head.bias, math.log(prior / structures / (1 - prior)))
+            nn.init.zeros_(self.head.bias[:num_classes - structures])              # the background's, if any
 
     def forward(self, images):
         """images [B, in_channels, H, W] in [0, 1], of any size -> logits [B, num_classes, H, W]."""

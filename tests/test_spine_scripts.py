@@ -208,6 +208,7 @@ OPTIONS = {
                  "SPINE_PERCENTILES=[5.0, 95.0]", "SPINE_VAL_FRACTION=0.4", "USE_EMA=False",
                  "CHANNELS_LAST=False", "SPINE_BATCH_SIZE=6"],
     "segment": ["SPINE_ENCODER=plain", "SPINE_FEATURES=6", "SPINE_ATTENTION=True", "SPINE_XAVIER=True",
+                "SPINE_MASK_PRIOR=0.0",
                 "SPINE_LOSS=bce", "SPINE_LOSS=combined", "SPINE_LESIONS=0.5", "SPINE_LESION_COUNT=[4, 4]",
                 "SPINE_LESION_AXIS=[30.0, 40.0]", "SPINE_LESION_FLATNESS=[0.2, 0.3]",
                 "SPINE_LESION_FACTOR=[3.0, 4.0]", "SPINE_LESION_CEILING=0.99"],

@@ -289,3 +289,16 @@ def test_settings_that_do_not_exist_are_refused():
                              ({"encoder": "resnet18", "in_channels": 3}, "one grey channel, not 3")]:
         with pytest.raises(UserError, match=message):
             small(**options)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_prior_is_what_an_untrained_network_says(channels):
+    """On an empty slice of a U-Net whose last weights are zero, so that the bias alone speaks."""
+    network = UNet(num_classes=channels, depth=2, features=4, prior=0.2, xavier=True)
+    torch.nn.init.zeros_(network.head.weight)
+    logits = network.eval()(torch.zeros(1, 1, 16, 16))[0, :, 0, 0]
+    shares = logits.sigmoid() if channels == 1 else logits.softmax(0)[1:]
+    torch.testing.assert_close(shares, torch.full_like(shares, 0.2 / len(shares)))
+    assert UNet(depth=1, features=4).head.bias.item() != UNet(depth=1, features=4).head.bias.item()
+    with pytest.raises(UserError, match="SPINE_MASK_PRIOR = 1"):
+        UNet(prior=1)
