@@ -577,7 +577,7 @@ PRESETS = {
         "SPINE_BATCH_SIZE": 8, "SPINE_LR": 3e-3, "SPINE_SEVERITY": "heavy", "EMA_DECAY": 0.95,
         "SAVE_EVERY_EPOCHS": 0, "KEEP_TOP_K": 1, "SAMPLES_PER_EPOCH": 3},
     "spine_demo": {              # half a minute a stage on two CPU cores; which stage: SPINE_DEMO_TABLE
-        "RUNS_DIR": "runs/spine_demo",       # named after their stages, the runs are infer_cascade.py's --weights
+        "RUNS_DIR": "runs/spine_demo",      # runs named after their stages: --weights of infer_cascade.py
         "SPINE_SIZE": 96, "SPINE_EPOCHS": 2, "SPINE_BATCH_SIZE": 16, "SPINE_LR": 1e-3, "SPINE_BALANCE": True,
         "EMA_DECAY": 0.95, "SAVE_EVERY_EPOCHS": 0, "KEEP_TOP_K": 1, "SAMPLES_PER_EPOCH": 3},
     "spine_demo_masks": {        # the same for masks, a minute each

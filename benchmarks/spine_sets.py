@@ -86,8 +86,8 @@ def cord_rows(data, levels, test):
 
 
 def view_rows(data, pieces):
-    """Rows of slices of the pieces and of the two subjects' T2w images, along each of the three axes."""
-    template = [(path, f"template_{split}", split) for path, _, split in pieces]
+    """Rows of slices of every third piece and of the T2w images of both subjects, along each axis."""
+    template = [(path, f"template_{split}", split) for path, _, split in pieces[::3]]
     subjects = [(data / FAKE[0], "fake_lesion", "test"), (data / "errsm30/t2/t2.nii.gz", "errsm30", "test")]
     for path, patient, split in template + subjects:
         for axis in ("axial", "coronal", "sagittal"):
@@ -105,10 +105,12 @@ def level_rows(data, levels):
 
 
 def lesion_rows(data, pieces):
-    """Rows of sagittal slices with masks of the cord, to paint lesions into."""
-    yield data / "errsm30/t2/t2.nii.gz", "", "sagittal", "", data / ERRSM["t2"], "errsm30", "train"
-    for path, mask, split in pieces:
-        yield path, "", "sagittal", "", mask, f"template_{split}", split
+    """Rows of the sagittal slices that have cord, with masks of it, to paint lesions into."""
+    subject = data / "errsm30/t2/t2.nii.gz", data / ERRSM["t2"], "train"
+    for number, (path, mask, split) in enumerate([subject, *pieces]):
+        right_to_left = nib.as_closest_canonical(nib.load(mask)).dataobj[::-1]
+        for index in np.flatnonzero(np.any(right_to_left, (1, 2))):
+            yield path, index, "sagittal", "", mask, f"template_{split}" if number else "errsm30", split
 
 
 def fake_rows(data, axis):
