@@ -263,7 +263,7 @@ def slice_set(slices, train, mask_names):
     painted = bool(mask_names) and C.SPINE_LESIONS != 0
     dataset = SliceDataset(slices, C.SPINE_SIZE, train, C.SEED, C.ON_BAD_FILE,
                            C.SPINE_MASK_CLASSES if painted else mask_names, C.SPINE_FIT, C.SPINE_INTENSITY,
-                           C.SPINE_PERCENTILES, C.SPINE_CACHE_MB)
+                           C.SPINE_PERCENTILES, C.SPINE_CACHE_MB, C.SPINE_FIELD_MM)
     if not painted:
         return dataset
     return LesionSlices(dataset, C.SPINE_LESIONS if train or C.SPINE_LESIONS_IN_VALIDATION else 0.0,

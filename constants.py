@@ -396,6 +396,7 @@ HVIT_CUTMIX_ALPHA = 1.0          # its areas are drawn from Beta(alpha, alpha)
 # ------------- 30 Spine MRI (train_finetune.py --task classify | segment | multitask): data
 SPINE_SIZE = 224                 # pixels per side of the square that the network sees
 SPINE_FIT = "letterbox"          # "letterbox": shapes stay true, with room around | "squash": all is filled
+SPINE_FIELD_MM = 0.0             # letterbox: least mm across the square, for crops; 0: every slice fills it
 SPINE_INTENSITY = "slice"        # "slice" | "series": of what the next two are taken
 SPINE_PERCENTILES = [0.5, 99.5]  # that become 0 and 1
 SPINE_LAYOUT = "auto"            # folders: "auto" | "classes" | "pairs" | "patients" | "radimagenet"
@@ -573,18 +574,25 @@ PRESETS = {
         "SPINE_SIZE": 96, "SPINE_EPOCHS": 6, "SPINE_BATCH_SIZE": 16, "SPINE_LR": 1e-3, "SPINE_BALANCE": True,
         "EMA_DECAY": 0.95, "SAVE_EVERY_EPOCHS": 0, "KEEP_TOP_K": 1, "SAMPLES_PER_EPOCH": 3},
     "spine_small_masks": {       # the same for masks
-        "SPINE_SIZE": 96, "SPINE_ENCODER": "plain", "SPINE_FEATURES": 16, "SPINE_EPOCHS": 12,
+        "SPINE_SIZE": 96, "SPINE_FIELD_MM": 80.0, "SPINE_ENCODER": "plain", "SPINE_FEATURES": 16,
+        "SPINE_EPOCHS": 12,
         "SPINE_BATCH_SIZE": 8, "SPINE_LR": 3e-3, "SPINE_SEVERITY": "heavy", "EMA_DECAY": 0.95,
         "SAVE_EVERY_EPOCHS": 0, "KEEP_TOP_K": 1, "SAMPLES_PER_EPOCH": 3},
     "spine_demo": {              # half a minute a stage on two CPU cores; which stage: SPINE_DEMO_TABLE
         "RUNS_DIR": "runs/spine_demo",      # runs named after their stages: --weights of infer_cascade.py
         "SPINE_SIZE": 96, "SPINE_EPOCHS": 2, "SPINE_BATCH_SIZE": 16, "SPINE_LR": 1e-3, "SPINE_BALANCE": True,
         "EMA_DECAY": 0.95, "SAVE_EVERY_EPOCHS": 0, "KEEP_TOP_K": 1, "SAMPLES_PER_EPOCH": 3},
-    "spine_demo_masks": {        # the same for masks, a minute each
+    "spine_demo_masks": {        # the same for masks
         "RUNS_DIR": "runs/spine_demo", "SPINE_DEMO_TABLE": "cord_masks", "SPINE_SIZE": 128,
-        "SPINE_ENCODER": "plain", "SPINE_FEATURES": 16, "SPINE_EPOCHS": 3, "SPINE_BATCH_SIZE": 8,
-        "SPINE_LR": 5e-3, "SPINE_WARMUP_STEPS": 0.1, "SPINE_SEVERITY": "light", "EMA_DECAY": 0.95,
-        "SAVE_EVERY_EPOCHS": 0, "KEEP_TOP_K": 1, "SAMPLES_PER_EPOCH": 3},
+        "SPINE_ENCODER": "plain", "SPINE_FEATURES": 16, "SPINE_EPOCHS": 6, "SPINE_BATCH_SIZE": 8,
+        "SPINE_LR": 5e-3, "SPINE_WARMUP_STEPS": 0.1, "EMA_DECAY": 0.95, "SAVE_EVERY_EPOCHS": 0,
+        "KEEP_TOP_K": 1, "SAMPLES_PER_EPOCH": 3},
+    "spine_demo_lesions": {      # the same for lesions, which few slices have, and few pixels of these
+        "RUNS_DIR": "runs/spine_demo", "SPINE_DEMO_TABLE": "lesion_masks", "SPINE_MASK_CLASSES": ["lesion"],
+        "SPINE_SIZE": 128, "SPINE_ENCODER": "plain", "SPINE_FEATURES": 16, "SPINE_EPOCHS": 5,
+        "SPINE_BATCH_SIZE": 8, "SPINE_LR": 1e-3, "SPINE_BALANCE": True, "SPINE_LOSS": "combined",
+        "SPINE_CLASS_WEIGHTS": [1.0, 10.0], "EMA_DECAY": 0.95, "SAVE_EVERY_EPOCHS": 0, "KEEP_TOP_K": 1,
+        "SAMPLES_PER_EPOCH": 3},
     "demo": {                    # the smallest useful run: minutes on two CPU cores
         "EFFICIENTNET": "b0", "VIT": "tiny", "IMG_SIZE": 128, "MASK_PATCH_SIZE": 32, "BATCH_SIZE": 8,
         "UPDATE_EVERY_BATCHES": 1, "LONGITUDINAL_MIM_EPOCHS": 8, "MAX_LR": 1e-3, "MASK_PROB_HIGH": 0.2,

@@ -118,7 +118,7 @@ def load_stage(name, path, words, before, threshold, device):
     load_model_state(network, checkpoint.get("ema_state_dict") or checkpoint["model_state_dict"])
     names = list(checkpoint["mask_names" if name in MASKS else "names"])
     kept = cascade.kept_classes(name, words, names) if words else []
-    view = View(C.SPINE_SIZE, C.SPINE_FIT, C.SPINE_INTENSITY, tuple(C.SPINE_PERCENTILES))
+    view = View(C.SPINE_SIZE, C.SPINE_FIT, C.SPINE_INTENSITY, tuple(C.SPINE_PERCENTILES), C.SPINE_FIELD_MM)
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return Stage(name, checkpoint["kind"], network.to(device).eval(), names, kept, view,

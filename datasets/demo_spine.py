@@ -255,8 +255,9 @@ def write_tables(output, patients):
     series.csv: patient, series, path, anatomy ("spine" | "other"), location, view, sequence, cord and lesion
     (1 where a slice shows it, else 0), split.  The others: path, index along axis (from the right, the front
     or the feet), axis, label, mask, patient, split.  anatomy.csv is of all series; of the spine's are
-    location_view.csv ("cervical_axial"), sequence.csv and cord.csv ("absent" | "present"), and of slices with
-    cord cord_masks.csv (label: as location_view) and lesion_masks.csv (label: "healthy" | "lesion").
+    location_view.csv ("cervical_axial"), sequence.csv and cord.csv ("absent" | "present"), and of T2w slices
+    with cord, which the cascade keeps, cord_masks.csv (label: as location_view) and lesion_masks.csv (label:
+    "healthy" | "lesion").
     """
     tables, rows = {stage: [] for stage in STAGES}, []
     for patient, series in ((one, series) for one in patients for series in one["series"]):
@@ -272,7 +273,7 @@ def write_tables(output, patients):
             told = [(series["anatomy"], "")]
             if spine:
                 told += [(where, ""), (series["sequence"], ""), ("present" if cord else "absent", "")]
-            if cord:
+            if cord and series["sequence"] == "T2w":
                 told += [(where, masks[0]), ("lesion" if lesion else "healthy", masks[1])]
             for stage, labels in zip(STAGES, told, strict=False):
                 tables[stage].append((path, index, view, *labels, patient["name"], patient["split"]))

@@ -15,16 +15,16 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import Dataset
 
-from datasets.io import PICTURE_SUFFIXES, resize
+from datasets.io import PICTURE_SUFFIXES
 from datasets.photos import class_counts
 from datasets.samplers import check_on_bad_file, first_readable, item_generator
 from datasets.slice_lists import FOLDERS, layout_of, read_csv
 from datasets.slice_masks import read_mask
 from datasets.slice_series import read_series, slices_along, spacing_along, view_of
+from datasets.slice_squares import FITS, fit_box, into_box, to_unit
 from datasets.splits import SPLITS, split_groups
 from utils.config import BadFile, UserError, closest
 
-FITS = ("letterbox", "squash")
 INTENSITIES = ("slice", "series")
 UNKNOWN = -1                                         # of masks and labels: never counts
 
@@ -185,7 +185,8 @@ class SliceDataset(Dataset):
         case       str, see Slice; series, patient: str
         bad_files  str, messages of files skipped to make this item, joined by ";"
     mask_classes: names of the values 1.. in the masks; without any no mask is read.
-    fit: "letterbox" keeps the slice's shape in mm, with room around it; "squash" fills the square.
+    fit: "letterbox" keeps the slice's shape in mm, with room around it; "squash" fills the square.  field:
+    least mm across a letterboxed square, so that a small crop is not enlarged to fill it; 0: all fill it.
     intensity: the ``percentiles`` that become 0 and 1 are those of each "slice", or of the whole "series".
     cache_mb: of decoded series, the last used, that each process keeps; 0 keeps none.
     on_bad_file: "stop" raises BadFile; with "skip" the next readable slice stands in.
@@ -193,10 +194,10 @@ class SliceDataset(Dataset):
     """
 
     def __init__(self, slices, size, train, seed=0, on_bad_file="stop", mask_classes=(), fit="letterbox",
-                 intensity="slice", percentiles=(0.5, 99.5), cache_mb=256):
+                 intensity="slice", percentiles=(0.5, 99.5), cache_mb=256, field=0.0):
         check_arguments(slices, size, fit, intensity, percentiles)
         self.slices, self.size, self.train, self.seed, self.epoch = list(slices), size, train, seed, 0
-        self.mask_classes, self.fit, self.intensity = list(mask_classes), fit, intensity
+        self.mask_classes, self.fit, self.field, self.intensity = list(mask_classes), fit, field, intensity
         self.percentiles, self.on_bad_file = tuple(percentiles), check_on_bad_file(on_bad_file)
         self.cache, self.room = OrderedDict(), cache_mb * 2 ** 20
 
@@ -226,7 +227,7 @@ class SliceDataset(Dataset):
         generator = item_generator(self.seed, self.epoch if self.train else 0, number)
         series, limits, masks = self.load(slice)
         image, spacing = slices_along(series, slice.axis)[slice.index], spacing_along(series, slice.axis)[1:]
-        box = fit_box(image.shape, spacing, self.size, self.fit)
+        box = fit_box(image.shape, spacing, self.size, self.fit, self.field)
         square = into_box(to_unit(image, limits or np.percentile(image, self.percentiles)), box, self.size)
         mask = torch.full((self.size, self.size), UNKNOWN)
         if masks is not None:
@@ -268,31 +269,3 @@ def check_arguments(slices, size, fit, intensity, percentiles):
             raise UserError(f'{name} "{word}": must be one of {", ".join(words)}')
     if len(percentiles) != 2 or not 0 <= percentiles[0] < percentiles[1] <= 100:
         raise UserError(f"percentiles {list(percentiles)}: must be two, rising, from 0 to 100")
-
-
-def to_unit(image, limits):
-    """float32 in [0, 1]: the values from limits (low, high), clipped; all 0 where these are equal."""
-    low, high = limits
-    if low == high:
-        return np.zeros(image.shape, np.float32)
-    return np.clip((image - np.float32(low)) / np.float32(high - low), 0, 1)
-
-
-def fit_box(shape, spacing, size, fit):
-    """(top, left, height, width) in a square of ``size`` pixels of a slice of a shape; fit: see SliceDataset.
-
-    io.undo_letterbox cuts a map of the square back to the box and to the shape.
-    """
-    if fit == "squash":
-        return 0, 0, size, size
-    extent = np.multiply(shape, spacing)                                       # mm
-    height, width = (max(1, round(side)) for side in (size * extent / extent.max()).tolist())
-    return (size - height) // 2, (size - width) // 2, height, width
-
-
-def into_box(image, box, size):
-    """float32 [size, size]: the image resized to its box, bilinear and antialiased, zeros around it."""
-    top, left, height, width = box
-    square = np.zeros((size, size), np.float32)
-    square[top:top + height, left:left + width] = resize(image, (height, width))
-    return square

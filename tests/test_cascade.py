@@ -164,10 +164,11 @@ def test_networks_see_what_they_saw_in_training(tmp_path, axis, fit, intensity):
     """The squares are those of SliceDataset, to the last bit, of slices that are square in no sense."""
     voxels = np.random.default_rng(0).integers(0, 900, (14, 20, 6)).astype(np.int16)
     path = write_series(tmp_path / "t2.nii.gz", voxels, np.diag([-1.0, 1.5, 3, 1]))
-    series, view = read_series(path), View(24, fit, intensity, (1.0, 98.0))
+    series, view = read_series(path), View(24, fit, intensity, (1.0, 98.0), 40.0)
     square, count = square_maker(series, axis), len(slices_along(series, axis))
     slices = [Slice(path, index, axis, -1, None, "p", "s") for index in range(count)]
-    dataset = SliceDataset(slices, 24, False, fit=fit, intensity=intensity, percentiles=(1.0, 98.0))
+    dataset = SliceDataset(slices, 24, False, fit=fit, intensity=intensity, percentiles=(1.0, 98.0),
+                           field=40.0)
     for index in range(count):
         assert torch.equal(square(index, view)[0], dataset[index]["image"])
 

@@ -20,7 +20,8 @@ from datasets.photos import sample_weights
 from datasets.slice_lists import Entry, find_series, patient_of
 from datasets.slice_masks import read_mask
 from datasets.slice_series import read_series, slices_along
-from datasets.slices import Slice, SliceDataset, find_slices, fit_box, split_slices
+from datasets.slice_squares import fit_box
+from datasets.slices import Slice, SliceDataset, find_slices, split_slices
 from utils.config import BadFile, UserError
 
 SPINE = Path(__file__).parents[2] / "shared" / "data" / "spine"
@@ -558,6 +559,22 @@ def test_slices_fill_their_box_and_masks_lie_where_images_do(tmp_path, fit, spac
     back = undo_letterbox((item["mask"] == 1).float().numpy(), box, (20, 24)) > 0.5
     image = slices_along(read_series(tmp_path / "p" / "a.nii"), "axial")[2]
     np.testing.assert_array_equal(back, image == 1000)
+
+
+def test_a_field_keeps_crops_at_the_scale_of_whole_slices(tmp_path):
+    """What is 10 mm long is as many pixels in both; a slice wider than the field still fills its square."""
+    whole = np.random.default_rng(0).integers(0, 50, (40, 40, 4)).astype(np.int16)
+    whole[15:25, 15:25] = 900
+    lengths = {}
+    for name, voxels in (("whole", whole), ("crop", whole[10:30, 10:30])):
+        write_nifti(tmp_path / name / "a.nii", voxels)
+        found, *_ = find_slices(tmp_path / name)
+        for field in (0.0, 30.0, 40.0, 60.0):
+            item = SliceDataset(found, 120, False, percentiles=(0, 100), field=field)[0]
+            lengths[name, field] = (item["image"][0, 60] > 0.5).sum().item()
+            assert lengths[name, field] == pytest.approx(10 / item["spacing"][0].item(), abs=1)
+    assert [lengths["whole", field] for field in (0.0, 30.0, 40.0, 60.0)] == [30, 30, 30, 20]
+    assert [lengths["crop", field] for field in (0.0, 30.0, 40.0, 60.0)] == [60, 40, 30, 20]
 
 
 def test_intensity_is_scaled_by_slice_or_by_series(slices):

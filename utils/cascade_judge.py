@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from datasets.slice_series import slices_along, spacing_along, view_of
-from datasets.slices import fit_box, into_box, to_unit
+from datasets.slice_squares import fit_box, into_box, to_unit
 from models.slice_nets import named_outputs
 from utils.cascade import MASKS, choose_slices, decide
 from utils.config import UserError
@@ -28,6 +28,7 @@ class View(NamedTuple):
     fit: str
     intensity: str
     percentiles: tuple
+    field: float = 0.0
 
 
 class Stage(NamedTuple):
@@ -157,7 +158,7 @@ def square_maker(series, axis):
 
     @cache
     def square(index, view):
-        box = fit_box(slices.shape[1:], spacing, view.size, view.fit)
+        box = fit_box(slices.shape[1:], spacing, view.size, view.fit, view.field)
         unit = to_unit(slices[index], limits(None if view.intensity == "series" else index, view.percentiles))
         return torch.from_numpy(into_box(unit, box, view.size))[None], box
 
