@@ -148,7 +148,7 @@ def split_slices(slices, val_fraction, test_fraction, csv=None):
     """Divide slices -> dict of lists "train", "val", "test"; no patient is ever in two.
 
     csv: a file with the columns patient and split that decides.  Else the splits that the slices come with;
-    then without one for validation it is taken from training.  Else by a hash of the patient, so that one
+    then without one for validation it is taken from training, if any.  Else by a hash of the patient, so that one
     stays where it is when others are added.
     Raises UserError: fractions or a file that make no sense, too few patients, one in two splits.
     """
@@ -159,7 +159,7 @@ def split_slices(slices, val_fraction, test_fraction, csv=None):
                             "splits must be by patient: correct the list, or its patients")
     if csv or not any(given.values()):
         split_of = by_patient(given, val_fraction, test_fraction, csv)
-    elif "val" in given.values() or val_fraction == 0:
+    elif "val" in given.values() or "train" not in given.values() or val_fraction == 0:
         split_of = given
     else:
         train = [patient for patient, split in given.items() if split == "train"]

@@ -495,6 +495,16 @@ def test_given_splits_are_kept_and_checked(tmp_path):
         split_slices(slices, 0.25, 0.25)
 
 
+def test_a_list_of_test_slices_alone_is_all_test(tmp_path):
+    """evaluate.py may be given nothing else; training then says that it has no slices."""
+    write_nifti(tmp_path / "a.nii.gz", NOISE)
+    slices, *_ = find_slices(table(tmp_path / "a.csv", ["path", "split"], ["a.nii.gz", "test"]))
+    splits = split_slices(slices, 0.15, 0.15)
+    assert [len(splits[name]) for name in ("train", "val", "test")] == [0, 0, 6]
+    with pytest.raises(UserError, match="no slices"):
+        SliceDataset(splits["train"], 16, True)
+
+
 def test_weights_draw_every_class_equally_often():
     """The sampler of the cascade's classifiers; slices carry what it needs."""
     slices = [Slice(Path("a"), 0, "stored", label, None, "p", "s") for label in (0, 0, 0, 1)]

@@ -233,7 +233,7 @@ def test_each_option_changes_the_run_and_the_run_ends(kind, train_spine, no_curv
 def test_depth_threshold_and_found_share_are_used(no_curves, train_spine):
     """SPINE_DEPTH is the plain encoder's; the other two change the figures alone."""
     common = ["SPINE_EPOCHS=5", "SPINE_UPDATE_EVERY_BATCHES=1", "SPINE_LR=1e-2", "USE_EMA=False",
-              "SPINE_ENCODER=plain", "SAMPLES_PER_EPOCH=0"]
+              "SPINE_ENCODER=plain", "SPINE_MASK_PRIOR=0.0", "SAMPLES_PER_EPOCH=0"]
     runs = {name: history(train_spine("segment", name, *common, *options), "segment")[-1]
             for name, options in {"plain": [], "flat": ["SPINE_DEPTH=2"], "sure": ["SPINE_THRESHOLD=0.8"],
                                   "share": ["SPINE_THRESHOLD=0.8", "SPINE_FOUND_SHARE=0.99"]}.items()}
