@@ -148,8 +148,8 @@ def split_slices(slices, val_fraction, test_fraction, csv=None):
     """Divide slices -> dict of lists "train", "val", "test"; no patient is ever in two.
 
     csv: a file with the columns patient and split that decides.  Else the splits that the slices come with;
-    then without one for validation it is taken from training, if any.  Else by a hash of the patient, so that one
-    stays where it is when others are added.
+    then without one for validation it is taken from training, if any.  Else by a hash of the patient, so that
+    one stays where it is when others are added.
     Raises UserError: fractions or a file that make no sense, too few patients, one in two splits.
     """
     given = {}
