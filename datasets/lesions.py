@@ -9,6 +9,7 @@ from skimage.draw import ellipse
 from datasets.simclr_views import between, check_settings
 
 SIDE = 320                       # of the slice whose pixels the lengths below are meant in
+LEAST = 1.0                      # pixels: a texture finer than that is noise, and no scanner blends less
 CUT = 4                          # scipy's Gaussian ends at this many standard deviations
 
 
@@ -17,7 +18,8 @@ def paint_lesions(image, cord, rng, count=(1, 3), semi_axis=(5.0, 20.0), flatnes
     """Paint bright ellipses into the cord -> (image float32 [H, W] in [0, 1], lesion bool [H, W]), both new.
 
     image float32 [H, W] in [0, 1]; cord bool [H, W]; rng: numpy Generator, the only source of the draws.
-    Lengths are pixels of a slice of SIDE, and scale with the longer side of this one.
+    Lengths are pixels of a slice of SIDE, and scale with the longer side of this one; grain and blend do not
+    fall below LEAST, unless they are given so.
 
     count: range of the number of ellipses, which may overlap; their centres are pixels of the cord
     semi_axis: range of the first semi-axis, pixels; flatness: range of the second one's share of it
@@ -44,11 +46,12 @@ def paint_lesions(image, cord, rng, count=(1, 3), semi_axis=(5.0, 20.0), flatnes
     number = int(rng.integers(count[0], count[1] + 1))
     lesion = draw_ellipses(cord, number, np.multiply(semi_axis, scale), flatness, rng)
     level = min(rng.uniform(*factor) * median, max(ceiling, factor[0] * median), 1.0)
-    margin = math.ceil(CUT * blend * scale)
+    grain, blend = (max(length * scale, min(length, LEAST)) for length in (grain, blend))
+    margin = math.ceil(CUT * blend)
     box = tuple(slice(max(part.start - margin, 0), part.stop + margin)
                 for part in ndimage.find_objects(lesion.astype(np.uint8))[0])
-    bright = level * draw_texture(lesion[box].shape, texture, grain * scale, rng)
-    share = ndimage.gaussian_filter(lesion[box].astype(np.float32), blend * scale, truncate=CUT) * cord[box]
+    bright = level * draw_texture(lesion[box].shape, texture, grain, rng)
+    share = ndimage.gaussian_filter(lesion[box].astype(np.float32), blend, truncate=CUT) * cord[box]
     painted = image.astype(np.float32)
     painted[box] += share * (bright - painted[box])
     return painted.clip(0, 1), lesion

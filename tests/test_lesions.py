@@ -222,3 +222,15 @@ def test_shapes_and_types_that_do_not_fit_are_refused():
     for picture, mask in ((image[None], cord[None]), (image[:, :-1], cord), (image, cord.astype(int) - 1)):
         with pytest.raises(ValueError, match="cord"):
             paint_lesions(picture, mask, rng())
+
+
+@pytest.mark.parametrize("size", [64, 96, 320])
+def test_textures_are_smooth_from_pixel_to_pixel(size):
+    """Else a network finds painted lesions of small slices by their checkerboard, and no others."""
+    image, cord = everywhere(size)
+    likeness = []
+    for seed in range(8):
+        painted, lesion = paint_lesions(image, cord, rng(seed), count=(1, 1), semi_axis=(40, 40), blend=0)
+        inside = ndimage.binary_erosion(lesion)
+        likeness.append(np.corrcoef(painted[inside], np.roll(painted, 1, 1)[inside])[0, 1])
+    assert np.mean(likeness) > 0.6
