@@ -24,10 +24,10 @@ from models.photo import build_photo_model, layer_groups, load_torchvision_weigh
 from models.resnet import load_resnet_weights
 from models.slice_nets import build_slice_model, encoder_of
 from models.token_vit import TokenViT
-from prepare_data import make_leaf_demo, make_spine_demo
-from utils.checkpoint import load_backbone
+from prepare_data import make_leaf_demo, make_spine_demo, make_study_demo
+from utils.checkpoint import load_part
 from utils.config import UserError
-from utils.distributed import barrier, is_main, rank, world_size
+from utils.distributed import barrier, is_main, rank, say, world_size
 from utils.interrupts import leave_to_parent
 from utils.optim import build_optimizer, parameter_groups
 from utils.schedules import build_scheduler
@@ -75,14 +75,14 @@ def thin(splits, batch_size):
     return {name: items[::max(1, len(items) // count)][:count] for name, items in splits.items()}
 
 
-def start_from(model, init, remove_prefix, optional=(), load=load_backbone):
-    """Fill a backbone from the file that --init names, and say what matched; or that there is none.
+def start_from(model, init, remove_prefix, optional=(), part=None):
+    """Fill a network from the file that --init names, and say what matched; or that there is none.
 
-    optional: beginnings of names that the file need not have.  load: does it, and tells names.
+    part: of the network, which must match; None: all of it.  optional: beginnings of names that need not.
     """
     if not init:
         return say("No --init: the network starts from random weights")
-    matched, unmatched = load(model, init, remove_prefix, optional=optional)
+    matched, unmatched = load_part(model, part or model, init, remove_prefix, optional)
     say(f"--init {init}: {len(matched)} weights of the backbone matched, {len(unmatched)} not "
         f"{unmatched[:5]}")
 
@@ -95,12 +95,6 @@ def data_path(data, make, below):
     return Path(data or Path(C.DEMO_DIR) / below)
 
 
-def say(line):
-    """Print from the main process."""
-    if is_main():
-        print(line)
-
-
 def say_filled(constant, path, matched, unmatched):
     """Say what the file that a constant names has filled."""
     say(f"{constant} {path}: {len(matched)} weights matched; of the file {len(unmatched)} have no use here "
@@ -108,6 +102,18 @@ def say_filled(constant, path, matched, unmatched):
 
 
 # -------------------------------------------------------------- brain studies
+
+def study_paths(data):
+    """(cache, CSV of labels or ""): of --data, or of the demonstration studies.
+
+    These have labels and splits of their own, which count unless the constants name others.
+    """
+    path = data_path(data, make_study_demo, "studies/cache")
+    if data is None:
+        C.STUDY_LABELS = C.STUDY_LABELS or str(path.with_name("labels.csv"))
+        C.STUDY_SPLIT_CSV = C.STUDY_SPLIT_CSV or str(path.with_name("split.csv"))
+    return path, C.STUDY_LABELS
+
 
 def study_set(studies, train, **options):
     """The data set of some studies with the settings that all methods share."""

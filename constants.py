@@ -89,7 +89,7 @@ CHANGE_THRESHOLD = 0.05          # |difference| above which a pixel counts as ch
 EFFICIENTNET = "b7"              # "b0" .. "b7"
 VIT = "base"                     # "tiny" (192) | "small" (384) | "base" (768)
 DECODER_CHANNELS = [256, 192, 128, 64, 32]  # widths at strides 32, 16, 8, 4, 2; multiples of 8
-EFFICIENTNET_WEIGHTS = ""        # torchvision state dict (.pth); "": random
+EFFICIENTNET_WEIGHTS = ""        # torchvision's or timm's file, or Hugging Face folder; "": random, or --init
 VIT_WEIGHTS = ""                 # Hugging Face folder of a ViT or DINOv2 (RAD-DINO); "": random
 ANTISYMMETRIC = False            # swapping the images negates the map exactly
 DROPOUT = 0.1                    # of whole channels of the deepest features
@@ -285,7 +285,8 @@ VISTA_AUG_SHIFT = 0.1            # probability that sections slip against their 
 VISTA_AUG_DEFECTS = 0.3          # probability of folds, stains, blur or jumps of brightness
 
 # ------------------------------------- 22 Electron microscopy: network
-VISTA_ENCODER = "vista3d"        # "vista3d": VISTA3D's image encoder | "segresnet"
+VISTA_ENCODER = "vista3d"        # "vista3d": VISTA3D's image encoder | "segresnet" | "token_vit": the
+# transformer of section 14 with a decoder, for volumes; JEPA's weights start it
 VISTA_FEATURES = 48              # width at full resolution; doubles with each level
 VISTA_HEAD_WIDTH = 64            # channels inside the two heads
 VISTA_NUM_CLASSES = 16           # of the semantic head; five are in use, the others are headroom
@@ -331,9 +332,9 @@ HVIT_VAL_FRACTION = 0.15         # of the photographs, in whole groups of copies
 HVIT_TEST_FRACTION = 0.15        # the same; never seen by training
 HVIT_SPLIT_CSV = ""              # columns path, split (train|val|test), as a run's splits.csv; "": by SEED
 HVIT_HASH_DISTANCE = 8           # bits of 63 up to which two photographs are copies; -1: by names alone
-HVIT_MODEL = "hvit_small"        # "hvit_tiny" | "hvit_small" | "hvit_base" | "resnet50" | "swin_t"
-# | "efficientnet_b0" .. "efficientnet_b7"
-HVIT_WEIGHTS = ""                # torchvision's file for one of its networks (.pth); "": random, or --init
+HVIT_MODEL = "hvit_small"        # "hvit_tiny" | "hvit_small" | "hvit_base" | "resnet18" | "resnet34"
+# | "resnet50" | "swin_t" | "efficientnet_b0" .. "efficientnet_b7"
+HVIT_WEIGHTS = ""                # torchvision's or Hugging Face's for one of those; "": random, or --init
 HVIT_DROP_PATH = 0.2             # of whole residual branches, at the last block; less before
 HVIT_DROPOUT = -1.0              # of swin_t, efficientnet; below 0: the network's own
 HVIT_SPECTRAL_CHANNELS = 0       # bands of the <name>_spectral.npy or .tif beside each photograph
@@ -417,7 +418,7 @@ SPINE_FEATURES = 16              # width of a U-Net at full resolution; doubles 
 SPINE_ATTENTION = False          # gates on the U-Net's skip connections
 SPINE_XAVIER = False             # first weights after Glorot & Bengio 2010; False: torch's
 SPINE_MASK_PRIOR = 0.05          # probability of masks before training (Lin et al. 2017); 0: torch's bias
-SPINE_WEIGHTS = ""               # torchvision's or RadImageNet's file for the ResNet; "": random, or --init
+SPINE_WEIGHTS = ""               # the ResNet's, torchvision's, RadImageNet's, ...; "": random, or --init
 SPINE_LOSS = "dice"              # of masks: "dice" | "bce" | "ce" | "combined" | "l1" | "mse" | "smooth_l1"
 # | "nll" | "kl" | "bce_logits"; classes have the cross-entropy
 SPINE_DICE_WEIGHT = 0.5          # combined: share of "dice"; the rest is "ce"

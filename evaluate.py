@@ -32,7 +32,6 @@ from datasets.photo_splits import split_photos
 from datasets.photos import find_photos
 from datasets.studies import ragged_collate, split_studies
 from models.slice_nets import named_outputs
-from prepare_data import study_paths
 from train_finetune import STAY
 from utils.attention_maps import write_attention
 from utils.case_report import UNITS, report_cases, report_classes, report_slices
@@ -40,8 +39,9 @@ from utils.checkpoint import load_checkpoint
 from utils.config import UserError, apply_overrides, restore_constants, run_script
 from utils.device import autocast, to_device
 from utils.distributed import cleanup, gather, is_main, rank, setup_distributed, world_size
+from utils.history import progress_bar
 from utils.mask_metrics import MaskMetrics, predict_masks
-from utils.states import load_model_state
+from utils.states import load_trained
 
 
 def parse_args():
@@ -50,16 +50,19 @@ def parse_args():
     add("--checkpoint", required=True, metavar="PATH", help="a *_best.pt of train_finetune.py")
     add("--output", required=True, type=Path, metavar="DIR", help="folder for tables and pictures")
     add("--data", metavar="DIR", help="as in training (default: the demo data)")
-    add("--labels", metavar="CSV", help="(default: the training's STUDY_LABELS)")
-    add("--split", default="test", choices=["train", "val", "test", "all"], help="(default: %(default)s)")
+    add("--labels", metavar="CSV", help="mil: table of labels (default: the training's STUDY_LABELS)")
+    add("--split", default="test", choices=["train", "val", "test", "all"],
+        help="cases, as in training (default: %(default)s)")
     add("--bootstrap", type=int, default=1000, metavar="N", help="resamples (default: %(default)s)")
     add("--resample", default="patient", choices=UNITS,
         help="slices: what the intervals are over (default: %(default)s)")
     add("--tta", type=int, nargs="?", const=2, default=1, metavar="N",
-        help="hvit: mean of N views, 2 to 8: mirrored, then turned (without N: 2)")
-    add("--mistakes", type=int, default=12, metavar="N", help="how many to draw (default: %(default)s)")
+        help="hvit: mean of N views, 2 to 8: mirrored, then turned (default: 1; without N: 2)")
+    add("--mistakes", type=int, default=12, metavar="N",
+        help="of classes or masks, to draw (default: %(default)s)")
     add("--attention", type=int, default=4, metavar="N", help="mil: studies to draw (default: %(default)s)")
-    add("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="override constants")
+    add("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE",
+        help="override what the training had set (default: nothing)")
     add("--device", help='such as "cpu" (default: a GPU where there is one)')
     args = parser.parse_args()
     if args.bootstrap < 1 or args.attention < 0 or args.mistakes < 0:
@@ -71,7 +74,7 @@ def parse_args():
 
 def find_studies(args, names):
     """(studies of the split, labels or None).  UserError when the labels are not those of the model."""
-    data, labels_csv = study_paths(args.data)
+    data, labels_csv = builders.study_paths(args.data)
     studies, labels = read_cache(data), None
     if args.labels or labels_csv:
         labels = read_labels(args.labels or labels_csv, C.MIL_LOSS)
@@ -97,13 +100,11 @@ def evaluate_mil(args, checkpoint, device):
     """
     names = checkpoint["names"]
     studies, labels = find_studies(args, names)
-    model = builders.build_study_classifier(len(names))
-    load_model_state(model, checkpoint.get("ema_state_dict") or checkpoint["model_state_dict"])
-    model.to(device).eval()
+    model = load_trained(builders.build_study_classifier(len(names)), checkpoint, device)
     dataset = builders.study_set(studies, False, windows="all")
     loader, results = builders.build_loader(dataset, dataset.groups(), 1, False, ragged_collate), {}
     unknown = torch.full((1 if C.MIL_LOSS == "ce" else len(names),), torch.nan)
-    for i, batch in enumerate(tqdm(loader, "studies", disable=None if is_main() else True)):
+    for i, batch in enumerate(progress_bar(loader, "studies")):
         if not loader.batch_sampler.real(i):
             continue
         if any(batch["bad_files"]):                        # what stands in for it would be judged in its name
@@ -141,12 +142,10 @@ def evaluate_hvit(args, checkpoint, device):
     names, results = checkpoint["names"], {}
     dataset = builders.photo_set(find_split(args, names), False)
     loader = builders.build_item_loader(dataset, C.HVIT_BATCH_SIZE, False)
-    model = builders.build_photo_network(len(names), start=False)
-    load_model_state(model, checkpoint.get("ema_state_dict") or checkpoint["model_state_dict"])
-    model.to(device).eval()
-    for i, batch in enumerate(tqdm(loader, "photographs", disable=None if is_main() else True)):
-        images, spectral = to_device(batch, device)["image"], to_device(batch, device).get("spectral")
-        views = tta_views(*evaluation_view(images, C.HVIT_IMG_SIZE, spectral), args.tta)
+    model = load_trained(builders.build_photo_network(len(names), start=False), checkpoint, device)
+    for i, batch in enumerate(progress_bar(loader, "photographs")):
+        batch = to_device(batch, device, ("label",))
+        views = tta_views(*evaluation_view(batch["image"], C.HVIT_IMG_SIZE, batch.get("spectral")), args.tta)
         with autocast(device, C.PRECISION):
             shares = sum(model(*view).float().softmax(1) for view in views) / len(views)
         labels = batch["label"].float().where(batch["label"] >= 0, torch.nan)
@@ -177,9 +176,8 @@ def evaluate_slices(args, checkpoint, device):
     if not slices:
         raise UserError(f"--split {args.split}: holds no slice; choose another split")
     dataset = builders.slice_set(slices, False, mask_names)
-    model = builders.build_slice_network(kind, names, mask_names, start=False)
-    load_model_state(model, checkpoint.get("ema_state_dict") or checkpoint["model_state_dict"])
-    model.to(device).eval()
+    network = builders.build_slice_network(kind, names, mask_names, start=False)
+    model = load_trained(network, checkpoint, device)
 
     def predict(batch):
         with autocast(device, C.PRECISION):
@@ -188,7 +186,7 @@ def evaluate_slices(args, checkpoint, device):
 
     metrics, results = MaskMetrics(mask_names, C.SPINE_THRESHOLD, C.SPINE_FOUND_SHARE), {}
     loader = builders.build_item_loader(dataset, C.SPINE_BATCH_SIZE, False)
-    for i, batch in enumerate(tqdm(loader, "slices", disable=None if is_main() else True)):
+    for i, batch in enumerate(progress_bar(loader, "slices")):
         outputs = predict(batch)
         for k in range(loader.batch_sampler.real(i)):
             if batch["bad_files"][k]:                      # what stands in for it would be judged in its name
@@ -218,12 +216,9 @@ TASKS = {"mil": evaluate_mil, "hvit": evaluate_hvit, "classify": evaluate_slices
 
 
 def main():
-    args, device = parse_args(), setup_distributed()
-    device = torch.device(args.device or device)
-    checkpoint = load_checkpoint(args.checkpoint)
-    if checkpoint["kind"] not in TASKS:
-        raise UserError(f"{args.checkpoint}: a checkpoint of kind {checkpoint['kind']}; this script judges "
-                        f"{', '.join(TASKS)}")
+    args = parse_args()
+    device = setup_distributed(args.device)
+    checkpoint = load_checkpoint(args.checkpoint, *TASKS)
     restore_constants(C, checkpoint["constants"])
     apply_overrides(C, args.set)
     args.output.mkdir(parents=True, exist_ok=True)

@@ -17,12 +17,7 @@ The same command goes on where it was interrupted.  With a table of what is true
 """
 
 import argparse
-import csv
-import hashlib
 from pathlib import Path
-
-import torch
-from tqdm import tqdm
 
 import builders
 import constants as C
@@ -41,10 +36,12 @@ from utils import cascade
 from utils.cascade import KEEP, MASKS, STAGES
 from utils.cascade_judge import Rules, Stage, View, axis_of, busiest, judge, save_overlay
 from utils.cascade_truth import read_truth, report_truth, truths_of
-from utils.checkpoint import load_checkpoint
+from utils.checkpoint import digest_of, load_checkpoint
 from utils.config import BadFile, UserError, hyperparameters, restore_constants, run_script
-from utils.distributed import cleanup, gather, is_main, rank, setup_distributed, world_size
-from utils.states import load_model_state
+from utils.distributed import cleanup, gather, is_main, rank, say, setup_distributed, world_size
+from utils.history import progress_bar
+from utils.states import load_trained
+from utils.tables import write_csv
 
 
 def parse_args():
@@ -53,21 +50,25 @@ def parse_args():
     add("--input", required=True, type=Path, metavar="DIR", help="folder with series, at any depth")
     add("--weights", required=True, type=Path, metavar="DIR", help="folder of <stage>.pt, or of runs")
     add("--output", required=True, type=Path, metavar="DIR", help="folder for tables, masks and pictures")
-    add("--stages", nargs="+", choices=STAGES, help="(default: those that have a file)")
+    add("--stages", nargs="+", choices=STAGES, metavar="STAGE",
+        help=f"of {', '.join(STAGES)} (default: those that have a file)")
     add("--keep", nargs="+", default=[], metavar="STAGE=CLASS", help="classes that go on, also CLASS,CLASS "
         "or with * (default: " + " ".join(f"{stage}={words[0]}" for stage, words in KEEP.items()) + ")")
     add("--min-slices", type=int, default=MIN_SLICES, metavar="N",
         help="series with fewer are listed, not judged (default and least: %(default)s)")
     add("--margin", type=float, default=0.2, metavar="SHARE", help="of the votes between the first class and "
         "the second, below which a vote is doubtful (default: %(default)s)")
-    add("--doubtful", default="go", choices=["go", "stop"], help="doubtful series go on (default) or stop")
+    add("--doubtful", default="go", choices=["go", "stop"],
+        help="what doubtful series do (default: %(default)s)")
     add("--axis", choices=AXES, help="of the slices; pictures have but one (default: as trained)")
     add("--threshold", type=float, metavar="P", help="of masks' probabilities (default: as trained)")
     add("--clip-lesions", action="store_true", help="cut lesion masks to the cord mask")
     add("--overlays", type=int, default=3, metavar="N", help="slices in a picture; 0: no pictures "
         "(default: %(default)s)")
-    add("--truth", type=Path, metavar="CSV", help="(default: series.csv in --input or beside it)")
-    add("--split", default="all", choices=["train", "val", "test", "all"], help="series, by that table")
+    add("--truth", type=Path, metavar="CSV",
+        help="what is true (default: series.csv in --input or beside it)")
+    add("--split", default="all", choices=["train", "val", "test", "all"],
+        help="series, by that table (default: %(default)s)")
     add("--batch-size", type=int, default=16, metavar="N", help="slices at a time (default: %(default)s)")
     add("--device", help='such as "cpu" (default: a GPU where there is one)')
     args = parser.parse_args()
@@ -94,10 +95,10 @@ def load_stages(args, device):
     stages = [load_stage(name, path, keep.get(name), before, args.threshold, device)
               for name, path in paths.items()]
     for stage in stages:
-        builders.say(f"{stage.name}: " + (f"keeps {', '.join(stage.kept)} of {len(stage.names)} classes"
+        say(f"{stage.name}: " + (f"keeps {', '.join(stage.kept)} of {len(stage.names)} classes"
                                           if stage.kept else f"masks of {', '.join(stage.names)}"))
     for name in (name for name in STAGES if name not in paths):
-        builders.say(f"{name}: left out; {cascade.LEFT_OUT[name]}")
+        say(f"{name}: left out; {cascade.LEFT_OUT[name]}")
     return stages
 
 
@@ -108,21 +109,15 @@ def weights_of(folder, stage):
 
 def load_stage(name, path, words, before, threshold, device):
     """One Stage.  words: classes to keep, None for masks; before: the constants without any checkpoint's."""
-    checkpoint, kinds = load_checkpoint(path), ("segment" if name in MASKS else "classify", "multitask")
-    if checkpoint["kind"] not in kinds:
-        raise UserError(f"{path}: a checkpoint of kind {checkpoint['kind']}; the stage {name} needs one of "
-                        f"kind {' or '.join(kinds)}")
+    checkpoint = load_checkpoint(path, "segment" if name in MASKS else "classify", "multitask")
     restore_constants(C, {**before, **checkpoint["constants"]})
     network = builders.build_slice_network(checkpoint["kind"], checkpoint["names"], checkpoint["mask_names"],
                                            start=False)
-    load_model_state(network, checkpoint.get("ema_state_dict") or checkpoint["model_state_dict"])
     names = list(checkpoint["mask_names" if name in MASKS else "names"])
     kept = cascade.kept_classes(name, words, names) if words else []
     view = View(C.SPINE_SIZE, C.SPINE_FIT, C.SPINE_INTENSITY, tuple(C.SPINE_PERCENTILES), C.SPINE_FIELD_MM)
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return Stage(name, checkpoint["kind"], network.to(device).eval(), names, kept, view,
-                 C.SPINE_AXIS, threshold or C.SPINE_THRESHOLD, C.PRECISION, digest)
+    return Stage(name, checkpoint["kind"], load_trained(network, checkpoint, device), names, kept, view,
+                 C.SPINE_AXIS, threshold or C.SPINE_THRESHOLD, C.PRECISION, digest_of(path))
 
 
 def axis_trained(stages, asked):
@@ -150,7 +145,7 @@ def find_entries(args):
     if not named:
         raise UserError(f"{args.input}: holds no series" + (f" of a table's split {args.split}; see --truth"
                                                             if args.split != "all" else ""))
-    builders.say("\n".join([*notes, *more, f"{len(named)} series in {args.input}"
+    say("\n".join([*notes, *more, f"{len(named)} series in {args.input}"
                             + (f", {len(truths)} of them in {table}" if truths else "")]))
     return named, truths
 
@@ -199,10 +194,10 @@ def report(results, named, truths, stages, rules, args):
     shares = [f"{stage.name}/{word}" for stage in stages if stage.name in KEEP for word in stage.names]
     sizes = [f"{part}_mm3" for stage, part in MASKS.items() if stage in names]
     rows = [result["row"] for result in results]
-    cascade.write_table(args.output / "cascade.csv", cascade.series_columns(names), rows)
-    cascade.write_table(args.output / "slices.csv",
-                        ["series", "slice", *shares, *["goes_on"] * ("cord" in names), *sizes],
-                        [line for result in results for line in result["slices"]])
+    write_csv(args.output / "cascade.csv", cascade.series_columns(names), rows)
+    write_csv(args.output / "slices.csv",
+              ["series", "slice", *shares, *["goes_on"] * ("cord" in names), *sizes],
+              [line for result in results for line in result["slices"]])
     bad = [(result["row"]["path"], result["bad"]) for result in results if "bad" in result]
     list_bad_files(args.output, bad)
     if len(bad) == len(results):
@@ -210,21 +205,20 @@ def report(results, named, truths, stages, rules, args):
     print("\n".join(cascade.summary(rows)))
     if truths:
         lines, figures = report_truth(results, named, truths, kept, names, args.output / "series", rules.axis)
-        with open(args.output / "metrics.csv", "w", newline="") as file:
-            csv.writer(file).writerows([("figure", "value", "of"), *figures])
+        write_csv(args.output / "metrics.csv", ("figure", "value", "of"), figures)
         print("\n".join(lines))
     print(f"{len(bad)} series could not be used; tables: {args.output}, masks and pictures: "
           f"{args.output / 'series'}")
 
 
 def main():
-    args, device = parse_args(), setup_distributed()
-    device = torch.device(args.device or device)
+    args = parse_args()
+    device = setup_distributed(args.device)
     stages = load_stages(args, device)
     named, truths = find_entries(args)
     rules = Rules(axis_trained(stages, args.axis), args.min_slices, args.margin, args.doubtful == "stop",
                   args.clip_lesions)
-    own = tqdm(list(named.items())[rank()::world_size()], "series", disable=None if is_main() else True)
+    own = progress_bar(list(named.items())[rank()::world_size()], "series")
     results = sum(gather([judge_entry(*each, stages, rules, args, device) for each in own]), [])
     if is_main():
         order = {name: number for number, name in enumerate(named)}

@@ -13,12 +13,10 @@ known maps) and bad_files.csv (cases that cannot be used are skipped).
 """
 
 import argparse
-import csv
 from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import constants as C
 from datasets.io import image_files, letterbox, min_max, read_image, undo_letterbox, write_nifti
@@ -29,10 +27,12 @@ from utils.checkpoint import load_checkpoint
 from utils.config import BadFile, UserError, restore_constants, run_script
 from utils.device import autocast
 from utils.distributed import cleanup, gather, is_main, rank, setup_distributed, world_size
-from utils.metrics import DESCRIPTIONS, ChangeMetrics, least_area, list_changes, table
+from utils.history import progress_bar
+from utils.metrics import DESCRIPTIONS, ChangeMetrics, least_area, list_changes
 from utils.overlay import save_overlay
 from utils.registration import align, best_baseline
-from utils.states import load_model_state
+from utils.states import load_trained
+from utils.tables import text_table, write_csv
 from utils.tta import predict_tta
 
 PARTS = {"prior": "prior", "current": "current", "diff_map": "truth", "difference_map": "truth"}
@@ -47,7 +47,8 @@ def parse_args():
     add("--prior", metavar="FILE", help="earlier image of one pair")
     add("--current", metavar="FILE", help="later image of one pair")
     add("--data", metavar="DIR", help="folder of case folders")
-    add("--split", default="all", choices=["train", "val", "test", "all"], help="patients, as in training")
+    add("--split", default="all", choices=["train", "val", "test", "all"],
+        help="patients, as in training (default: %(default)s)")
     add("--register", action="store_true", help="align the prior to the current image; sizes may differ")
     add("--tta", type=int, default=1, metavar="N", help="average over N views (default: %(default)s)")
     add("--threshold", type=float, default=0.05, help="|difference| of a change (default: %(default)s)")
@@ -118,7 +119,7 @@ def save_case(case, pred, deviation, path, args):
 def run_cases(model, cases, device, metrics, args):
     """Predict, save and measure this rank's cases; lists of what the tables need."""
     results = {"done": [], "bad": [], "changes": [], "measured": [], "pairs": []}
-    for start in tqdm(range(0, len(cases), args.batch_size), "batches", disable=None if is_main() else True):
+    for start in progress_bar(range(0, len(cases), args.batch_size), "batches"):
         batch = []
         for name, files in cases[start:start + args.batch_size]:
             try:
@@ -142,16 +143,10 @@ def run_cases(model, cases, device, metrics, args):
     return results
 
 
-def write_csv(path, columns, rows):
-    """Write rows, dicts with the key case, in the order of the cases."""
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(sorted(rows, key=lambda row: row["case"]))
-
-
 def report(results, metrics, args):
     """Write the tables of all ranks' results, and print the metrics and where things lie."""
+    for rows in (results["changes"], results["measured"]):
+        rows.sort(key=lambda row: row["case"])                               # as one process would write them
     list_bad_files(args.output, sorted(results["bad"]))
     if not results["done"]:
         raise UserError(f"{'none of the cases can be used; ' if args.data else ''}{min(results['bad'])[1]}")
@@ -164,7 +159,8 @@ def report(results, metrics, args):
             rows["subtraction"] = best["metrics"]
             print(f"subtraction: registered, histogram-matched, smoothed by {best['sigma']:.1f} px, |d| > "
                   f"{best['threshold']}, both chosen for the highest Dice on these very cases")
-        print(f"{len(results['measured'])} cases with known map, threshold {args.threshold}:\n{table(rows)}")
+        print(f"{len(results['measured'])} cases with known map, threshold {args.threshold}:\n"
+              f"{text_table(rows, DESCRIPTIONS, digits=4)}")
     for name in sorted(name for name, aligned in results["done"] if not aligned):
         print(f"{name}: left as it was, no better alignment was found")
     print(f"{len(results['done'])} cases, {len(results['changes'])} changes, {len(results['bad'])} bad cases "
@@ -172,13 +168,11 @@ def report(results, metrics, args):
 
 
 def main():
-    args, device = parse_args(), setup_distributed()
-    device = torch.device(args.device or device)
+    args = parse_args()
+    device = setup_distributed(args.device)
     checkpoint = load_checkpoint(args.checkpoint, KIND)
     restore_constants(C, checkpoint["constants"])
-    model = build_model()
-    load_model_state(model, checkpoint.get("ema_state_dict") or checkpoint["model_state_dict"])
-    model = autocast(device, C.PRECISION)(model.to(device).eval())
+    model = autocast(device, C.PRECISION)(load_trained(build_model(), checkpoint, device))
 
     cases = find_cases(args)
     if args.baseline and not any("truth" in files for _, files in cases):

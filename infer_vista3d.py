@@ -12,7 +12,6 @@ finished parts are in <output>.parts until the output is whole.
 """
 
 import argparse
-import hashlib
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -27,15 +26,15 @@ from datasets.em_labels import BOUNDARY, CLASSES, INSTANCE_CLASSES
 from datasets.em_writers import check_output, create_volume
 from train_vista3d import KIND, build_model
 from utils.agglomeration import segment
-from utils.checkpoint import load_checkpoint
+from utils.checkpoint import digest_of, load_checkpoint
 from utils.config import UserError, restore_constants, run_script
 from utils.device import autocast
-from utils.distributed import barrier, cleanup, is_main, rank, setup_distributed, world_size
+from utils.distributed import barrier, cleanup, is_main, rank, say, setup_distributed, world_size
 from utils.em_pictures import orthogonal_slices
 from utils.object_table import ObjectTable
 from utils.parts import Parts
 from utils.sliding_window import predict_slabs, window_starts
-from utils.states import load_model_state
+from utils.states import load_trained
 from utils.stitching import Block, Grid, paint_row, stitch
 from utils.tta import mirror_mean
 
@@ -57,8 +56,8 @@ def parse_args():
         help="how windows share a voxel's class probabilities (default: %(default)s)")
     add("--tta", action="store_true", help="mean class probabilities of all mirror images: 8 times the work")
     add("--batch-size", type=int, default=4, help="windows at a time (default: %(default)s)")
-    add("--class-id", type=int, metavar="N", help="instances of this class alone: " + ", ".join(
-        f"{number} {CLASSES[number]}" for number in INSTANCE_CLASSES))
+    add("--class-id", type=int, metavar="N", help="instances of this class alone (default: of all): "
+        + ", ".join(f"{number} {CLASSES[number]}" for number in INSTANCE_CLASSES))
     add("--output-probs", action="store_true", help=f"class probabilities instead: {', '.join(CLASSES)}")
     add("--output-classes", action="store_true", help="the most probable class of each voxel instead")
     add("--bandwidth", type=float, default=0.5, help="radius of a cluster (default: %(default)s)")
@@ -115,11 +114,9 @@ def build_predict(model, device, tta=False):
 
 def open_parts(args, volume, patch, stride):
     """The folder of what is finished, for these settings alone."""
-    with open(args.checkpoint, "rb") as file:
-        checkpoint = hashlib.file_digest(file, "sha256").hexdigest()
     words = ("mode", "aggregation", "class_id", "bandwidth", "min_instance_size", "grow", "spacing_nm", "tta")
     settings = {"input": str(args.input.resolve()), "input_key": volume.key, "shape": volume.shape,
-                "checkpoint": checkpoint, "patch": patch, "stride": stride,
+                "checkpoint": digest_of(args.checkpoint), "patch": patch, "stride": stride,
                 **{word: getattr(args, word) for word in words}}
     if is_main():
         Parts(f"{args.output}.parts", settings)
@@ -223,22 +220,20 @@ def write_output(volume, grid, args, parts, spacing_nm):
 
 
 def main():
-    args, device = parse_args(), setup_distributed()
-    device = torch.device(args.device or device)
+    args = parse_args()
+    device = setup_distributed(args.device)
     checkpoint = load_checkpoint(args.checkpoint, KIND)
     restore_constants(C, checkpoint["constants"])
     check_output(args.output, len(CLASSES) if args.mode == "probs" else None)
     volume = open_volume(args.input, args.input_key)
     spacing_nm = args.spacing_nm or volume.spacing_nm
     args.spacing_nm = tuple(spacing_nm or checkpoint["spacing_nm"])
-    if spacing_nm is None and is_main():
-        print(f"{args.input}: voxel size unknown, --spacing-nm sets it; as in training: {args.spacing_nm} nm")
+    if spacing_nm is None:
+        say(f"{args.input}: voxel size unknown, --spacing-nm sets it; as in training: {args.spacing_nm} nm")
     patch, stride, grid = choose_windows(args, volume.shape)
     parts = open_parts(args, volume, patch, stride)
-    model = build_model()
-    load_model_state(model, checkpoint.get("ema_state_dict") or checkpoint["model_state_dict"])
-    run_windows(volume, build_predict(model.to(device).eval(), device, args.tta), patch, stride, grid, args,
-                parts, device)
+    predict = build_predict(load_trained(build_model(), checkpoint, device), device, args.tta)
+    run_windows(volume, predict, patch, stride, grid, args, parts, device)
     barrier()
     if is_main():
         write_output(volume, grid, args, parts, spacing_nm)

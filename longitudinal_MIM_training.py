@@ -6,7 +6,7 @@
     torchrun --nproc_per_node=4 longitudinal_MIM_training.py -n big --data data/pairs --set STRATEGY=fsdp
 
 Data: case folders with prior, current and diff_map .nii.gz, as `prepare_data.py pairs` writes them.
-Every setting is a name in constants.py, sections 1 to 7.
+Settings: constants.py, sections 1 to 11.
 """
 
 import math
@@ -14,17 +14,15 @@ import signal
 import sys
 import time
 from contextlib import nullcontext
-from pathlib import Path
 
 import torch
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+import builders
 import constants as C
 from datasets.augment import XrayAugment
 from datasets.longitudinal import LongitudinalMIMDataset, find_cases, split_cases
 from datasets.masking import PatchMask
-from datasets.samplers import ShardedSampler, count_real
 from losses.gan import discriminator_loss, generator_loss
 from losses.image import change_weight, fourier_loss, l1_loss, l2_loss, masked_l1, soft_dice_loss, ssim_loss
 from losses.perceptual import VGGLoss
@@ -33,45 +31,34 @@ from models.patch_gan import PatchDiscriminator
 from models.pretrained import load_efficientnet_weights, load_vit_weights
 from prepare_data import make_longitudinal_demo
 from utils import config, distributed, states
-from utils.checkpoint import load_backbone, save_checkpoint
+from utils.checkpoint import save_checkpoint
 from utils.device import autocast, to_device
 from utils.ema import EMA
 from utils.history import Trackers, batch_line, epoch_line, progress_bar, write_history
-from utils.interrupts import Interrupts, leave_to_parent
+from utils.interrupts import Interrupts
 from utils.metrics import ChangeMetrics
 from utils.optim import build_optimizer, parameter_groups
 from utils.overlay import sample_sheet
-from utils.runs import check_finite, keep_checkpoint, open_run, resume_position
-from utils.schedules import accumulation_group, build_scheduler, go_to_step, mask_probability
+from utils.runs import best_row, check_finite, keep_checkpoint, open_run, resume_position
+from utils.schedules import accumulation_group, go_to_step, mask_probability
 
 KIND = "longitudinal_mim"
+MONITOR = ("val/loss", "min")               # the metric of longitudinal_mim_best.pt and KEEP_TOP_K
 
 
 def build_data(data, fast_dev_run):
-    """(training set, validation set, root folder); the demo pairs when ``data`` is None."""
-    if data is None:
-        if distributed.is_main():
-            make_longitudinal_demo()
-        distributed.barrier()
-        data = Path(C.DEMO_DIR) / "longitudinal" / "pairs"
+    """(training loader, validation loader, root folder); of the demo pairs when ``data`` is None."""
+    data = builders.data_path(data, make_longitudinal_demo, "longitudinal/pairs")
     cases = find_cases(data, C.ON_BAD_FILE)
     splits = split_cases(cases, data, C.VAL_FRACTION, C.TEST_FRACTION, C.SPLIT_CSV or None)
-    if fast_dev_run:
-        splits = {name: cases[:C.BATCH_SIZE * distributed.world_size()] for name, cases in splits.items()}
+    splits = builders.thin(splits, C.BATCH_SIZE) if fast_dev_run else splits
     augment = XrayAugment(C.AUG_FLIP, C.AUG_ROTATION, C.AUG_SHIFT, C.AUG_SCALE,
                           C.AUG_CLAHE, C.AUG_SHARPNESS, C.AUG_EXPOSURE, C.AUG_NOISE)
     mask = PatchMask(C.MASK_PATCH_SIZE, C.MASK_MODE)
     train_set = LongitudinalMIMDataset(splits["train"], C.IMG_SIZE, augment, mask, C.SEED, C.ON_BAD_FILE)
     val_set = LongitudinalMIMDataset(splits["val"], C.IMG_SIZE, on_bad_file=C.ON_BAD_FILE)
-    return train_set, val_set, data
-
-
-def build_loader(dataset, shuffle):
-    """Loader of this rank's share.  Its own generator keeps it from drawing on the global random state."""
-    sampler = ShardedSampler(len(dataset), shuffle, C.SEED, distributed.rank(), distributed.world_size())
-    return DataLoader(dataset, C.BATCH_SIZE, sampler=sampler, num_workers=C.NUM_WORKERS,
-                      pin_memory=torch.cuda.is_available(), worker_init_fn=leave_to_parent,
-                      generator=torch.Generator())
+    return (builders.build_item_loader(train_set, C.BATCH_SIZE, True),
+            builders.build_item_loader(val_set, C.BATCH_SIZE, False), data)
 
 
 def build_model():
@@ -82,29 +69,23 @@ def build_model():
 
 
 def load_pretrained(model, args):
-    """Start from other weights: those of the two encoders, or a whole network with --init."""
+    """Start from other weights: constants name files of the two encoders, --init a run that has the first."""
     if C.EFFICIENTNET_WEIGHTS:
-        load_efficientnet_weights(model, C.EFFICIENTNET_WEIGHTS)
+        builders.say_filled("EFFICIENTNET_WEIGHTS", C.EFFICIENTNET_WEIGHTS,
+                            *load_efficientnet_weights(model, C.EFFICIENTNET_WEIGHTS))
     if C.VIT_WEIGHTS:
-        load_vit_weights(model, C.VIT_WEIGHTS)
-    if args.init:
-        matched, unmatched = load_backbone(model, args.init, args.remove_prefix)
-        if distributed.is_main():
-            print(f"--init {args.init}: {len(matched)} weights matched, {len(unmatched)} not {unmatched[:5]}")
+        builders.say_filled("VIT_WEIGHTS", C.VIT_WEIGHTS, *load_vit_weights(model, C.VIT_WEIGHTS))
+    if args.init or not (C.EFFICIENTNET_WEIGHTS or C.VIT_WEIGHTS):
+        builders.start_from(model, args.init, args.remove_prefix, part=model.encoder)
 
 
-def build_optimizers(model, discriminator, total_steps, steps_per_epoch):
+def build_optimization(model, discriminator, total_steps, steps_per_epoch):
     """(optimizer, scheduler, discriminator's optimizer or None)."""
     groups = parameter_groups(model, C.WEIGHT_DECAY, C.NO_DECAY_NORM_BIAS)
-    optimizer = build_optimizer(C.OPTIMIZER, groups, C.MAX_LR, C.WEIGHT_DECAY, C.ADAM_BETAS, C.MOMENTUM)
-    scheduler = build_scheduler(
-        optimizer, C.SCHEDULE, total_steps, steps_per_epoch,
-        pct_start=C.ONECYCLE_PCT_START, div_factor=C.ONECYCLE_DIV_FACTOR,
-        final_div_factor=C.ONECYCLE_FINAL_DIV_FACTOR,
-        warmup=C.WARMUP_STEPS, num_cycles=C.NUM_CYCLES, ipe_scale=C.IPE_SCALE,
-        start_lr=C.START_LR, final_lr=C.FINAL_LR,
-        step_size=C.STEP_SIZE, step_unit=C.STEP_UNIT, gamma=C.STEP_GAMMA,
-        t0=C.RESTART_T0, t0_unit=C.RESTART_T0_UNIT, t_mult=C.RESTART_T_MULT, eta_min=C.FINAL_LR)
+    schedule = {"name": C.SCHEDULE, "warmup": C.WARMUP_STEPS, "ipe_scale": C.IPE_SCALE,
+                "start_lr": C.START_LR, "final_lr": C.FINAL_LR}
+    optimizer, scheduler = builders.build_optimization(
+        [{**group, "lr": C.MAX_LR} for group in groups], schedule, total_steps, steps_per_epoch)
     if discriminator is None:
         return optimizer, scheduler, None
     groups = parameter_groups(discriminator, C.GAN_WEIGHT_DECAY, C.NO_DECAY_NORM_BIAS)
@@ -150,8 +131,7 @@ def evaluate(model, loader, vgg, device, interrupts):
         batch = to_device(batch, device)
         with autocast(device, C.PRECISION):
             pred = model(batch["prior"], batch["current"]).float()                             # [B, 1, H, W]
-        real = count_real(i, loader.batch_size, len(loader.dataset), distributed.rank(),
-                          distributed.world_size())
+        real = loader.batch_sampler.real(i)
         kept = max(real, 1)                    # a rank without a case of its own still takes part in the sums
         for name, term in loss_terms(pred[:kept], {"diff": batch["diff"][:kept]}, vgg).items():
             sums[name] = sums.get(name, 0) + term * real
@@ -190,15 +170,13 @@ def main():
     run_dir, checkpoint = open_run(C.RUNS_DIR, args.save_name, args.checkpoint, KIND)
     interrupts = Interrupts(C.CHECKPOINT_MINUTES)
 
-    # Data
-    train_set, val_set, data = build_data(args.data, args.fast_dev_run)
-    train_loader, val_loader = build_loader(train_set, shuffle=True), build_loader(val_set, shuffle=False)
+    # Data and model
+    train_loader, val_loader, data = build_data(args.data, args.fast_dev_run)
+    train_set, sampler = train_loader.dataset, train_loader.batch_sampler
     num_batches = len(train_loader)
     steps_per_epoch = math.ceil(num_batches / C.UPDATE_EVERY_BATCHES)
     epochs = 1 if args.fast_dev_run else C.LONGITUDINAL_MIM_EPOCHS
     total_steps = epochs * steps_per_epoch
-
-    # Model, optimizers
     model = build_model()
     vgg = VGGLoss(C.VGG_WEIGHTS).to(device) if C.USE_PERC_STYLE else None
     discriminator = PatchDiscriminator() if C.USE_GAN else None
@@ -208,13 +186,15 @@ def main():
     model = distributed.shard(model.to(device), C.STRATEGY)
     if discriminator is not None:
         discriminator = distributed.shard(discriminator.to(device), "ddp")     # small: never sharded
-    optimizer, scheduler, gan_optimizer = build_optimizers(model, discriminator, total_steps, steps_per_epoch)
+
+    # Optimizer
+    optimizer, scheduler, gan_optimizer = build_optimization(model, discriminator, total_steps,
+                                                             steps_per_epoch)
     scaler = torch.amp.GradScaler(device.type, enabled=C.PRECISION == "fp16")
     ema = EMA(model, C.EMA_DECAY, C.EMA_WARMUP) if C.USE_EMA else None
 
     # Resume
-    first_epoch, first_batch, step, best, history, running = 1, 0, 0, math.inf, [], {}
-    bad_files = set()
+    first_epoch, first_batch, step, best, history, running, bad_files = 1, 0, 0, None, [], {}, set()
     torch.manual_seed(C.SEED + distributed.rank())                  # dropout differs between ranks
     if checkpoint is not None:
         settings = states.load_training_state(checkpoint, model, optimizer, scaler)
@@ -234,19 +214,22 @@ def main():
             go_to_step(scheduler, settings, min(done, total_steps))
         else:
             scheduler.load_state_dict(checkpoint["scheduler_state_dict"])
+        for change in changed:
+            distributed.say(f"Changed since the checkpoint: {change}")
         if distributed.is_main():
-            print("".join(f"Changed since the checkpoint: {change}\n" for change in changed), end="")
+            keep_checkpoint(run_dir, KIND, C.KEEP_TOP_K, C.SAVE_EVERY_EPOCHS, *MONITOR)
     if C.COMPILE:
         model.compile()
 
+    # Record
     trackers = None
     if distributed.is_main():
         trackers = Trackers(C.TRACKERS, run_dir, config.hyperparameters(C), step)
         config.write_training_params(
             run_dir, C, preset=args.preset, overrides=args.set, kind=KIND,
-            data=str(data), train_cases=len(train_set), val_cases=len(val_set),
+            data=str(data), train_items=len(train_set), val_items=len(val_loader.dataset),
             world_size=distributed.world_size(), device=str(device), parameters=parameters,
-            effective_batch=C.BATCH_SIZE * C.UPDATE_EVERY_BATCHES * distributed.world_size(),
+            effective_batch=sampler.batch_size * C.UPDATE_EVERY_BATCHES * distributed.world_size(),
             steps_per_epoch=steps_per_epoch, total_steps=total_steps)
 
     def save_last(epoch, batch_in_epoch, train_loss=None, val_loss=None):
@@ -278,13 +261,12 @@ def main():
     # Train
     for epoch in range(first_epoch, epochs + 1):
         started = time.monotonic()
-        if distributed.is_main():
-            print(f"Epoch {epoch}/{epochs}")
+        distributed.say(f"Epoch {epoch}/{epochs}")
         model.train()
         train_set.set_epoch(epoch, mask_probability((epoch - 1) / epochs, C.MASK_PROB_LOW, C.MASK_PROB_HIGH))
-        train_loader.sampler.set_position(epoch, first_batch, C.BATCH_SIZE)
+        sampler.set_position(epoch, first_batch)
         gan_on = discriminator is not None and epoch >= C.GAN_START_EPOCH
-        group_loss, group_cases = torch.zeros((), device=device), []
+        group_loss, group_items = torch.zeros((), device=device), []
         batches = progress_bar(train_loader, f"epoch {epoch}", first_batch)
         for i, batch in enumerate(batches, start=first_batch):
             size, is_last = accumulation_group(i, num_batches, C.UPDATE_EVERY_BATCHES)
@@ -306,7 +288,7 @@ def main():
                 terms["Discriminator"] = gan_loss
             for name, term in {"loss": loss, **terms}.items():
                 running[name] = running.get(name, 0) + term.detach()
-            group_loss, group_cases = group_loss + loss.detach(), group_cases + batch["case"]
+            group_loss, group_items = group_loss + loss.detach(), group_items + batch["case"]
             bad_files.update(filter(None, batch["bad_files"]))
             if distributed.is_main() and (i + 1) % C.LOG_EVERY_BATCHES == 0:
                 means = {name: value.item() / (i + 1) for name, value in running.items()}
@@ -317,7 +299,7 @@ def main():
             scaler.unscale_(optimizer)                                  # clip true gradients, not scaled ones
             if C.GRAD_CLIP_NORM:
                 torch.nn.utils.clip_grad_norm_(model.parameters(), C.GRAD_CLIP_NORM)
-            check_finite(group_loss, terms, step + 1, group_cases)
+            check_finite(group_loss, terms, step + 1, group_items)
             scaler.step(optimizer)
             if gan_on:
                 scaler.step(gan_optimizer)
@@ -329,7 +311,7 @@ def main():
             if ema is not None:
                 ema.update()
             step += 1
-            group_loss, group_cases = torch.zeros((), device=device), []
+            group_loss, group_items = torch.zeros((), device=device), []
 
             stop_now, save_now = distributed.any_rank([interrupts.stop, interrupts.save])
             if stop_now:
@@ -337,7 +319,7 @@ def main():
             if save_now:
                 save_last(epoch, i + 1)
 
-        # Validate with the averaged weights
+        # Validate
         with ema.applied() if ema is not None else nullcontext():
             result = evaluate(model, val_loader, vgg, device, interrupts)
         if result is None:
@@ -347,19 +329,20 @@ def main():
                        for name, value in running.items()}
 
         # Log and save
-        row = {"epoch": epoch, "step": step, "lr": optimizer.param_groups[0]["lr"],
+        row = {"epoch": epoch, "step": step, "train/lr": optimizer.param_groups[0]["lr"],
                **{f"train/{name}": value for name, value in train_means.items()},
                **{f"val/{name}": value for name, value in values.items()}}
         history.append(row)
-        is_best, best = row["val/loss"] < best, min(best, row["val/loss"])
+        best = best_row(history, *MONITOR)[MONITOR[0]]
         running, first_batch = {}, 0
-        save_last(epoch, num_batches, row["train/loss"], row["val/loss"])
         if distributed.is_main():
-            kept = keep_checkpoint(run_dir, KIND, history, is_best, C.KEEP_TOP_K, C.SAVE_EVERY_EPOCHS)
             write_history(run_dir, history)
             if rows:
-                sample_sheet(run_dir / "samples" / f"epoch_{epoch}.png", rows)
+                sample_sheet(run_dir / "samples" / f"epoch_{epoch}.png", rows, C.CHANGE_THRESHOLD)
             trackers.log(row, step)
+        save_last(epoch, num_batches, row["train/loss"], row["val/loss"])
+        if distributed.is_main():
+            kept = keep_checkpoint(run_dir, KIND, C.KEEP_TOP_K, C.SAVE_EVERY_EPOCHS, *MONITOR)
             print(f"{epoch_line(row)} ({time.monotonic() - started:.0f} s)")
             print(f"Saved checkpoint: {kept}")
 

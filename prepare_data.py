@@ -30,7 +30,6 @@ from datasets.findings import FINDINGS
 from datasets.pair_files import find_sources, find_volumes
 from datasets.pairs import write_pairs
 from utils.config import UserError, apply_overrides, closest, run_script
-from utils.distributed import barrier, is_main
 
 
 def parse_args():
@@ -41,31 +40,38 @@ def parse_args():
                       help=f"which ones: {', '.join(DEMOS)} (default: all)")
     fetch = commands.add_parser("download", help="electron microscopy: " + ", ".join(DATASETS))
     fetch.add_argument("dataset", choices=DATASETS)
-    fetch.add_argument("--output", default="data", metavar="DIR", help="folder for data (default: data)")
-    fetch.add_argument("--url", help="another place of the file")
-    fetch.add_argument("--sha256", help="what the file at --url must have")
+    fetch.add_argument("--output", default="data", metavar="DIR",
+                       help="folder for data (default: %(default)s)")
+    fetch.add_argument("--url", help="another place of the file (default: the publisher's)")
+    fetch.add_argument("--sha256", metavar="HASH", help="of the file at --url (default: the publisher's)")
     cache = commands.add_parser("cache", help="brain MRI and CT studies as small files that load at once")
     pairs = commands.add_parser("pairs", help="pairs with a known difference map from X-rays or CT volumes")
-    for command in (demo, pairs):
-        command.add_argument("--size", type=int, help="pixels per side of X-rays (default: constants.py)")
-        command.add_argument("--seed", type=int, help="(default: SEED)")
+    demo.add_argument("--output", metavar="DIR", help="folder for data (default: DEMO_DIR)")
+    cache.add_argument("--output", required=True, metavar="DIR", help="folder for data")
+    pairs.add_argument("--output", required=True, metavar="DIR", help="folder for data")
+    for command, size in ((demo, "DEMO_SIZE"), (pairs, "PAIR_SIZE")):
+        command.add_argument("--size", type=int, metavar="PIXELS",
+                             help=f"per side of X-rays (default: {size} of constants.py)")
+        command.add_argument("--seed", type=int, metavar="N", help="(default: SEED of constants.py)")
     for command in (demo, cache, pairs):
-        command.add_argument("--output", required=command is not demo, metavar="DIR", help="folder for data")
-        command.add_argument("--workers", type=int, help="processes; 0: this one only (default: NUM_WORKERS)")
+        command.add_argument("--workers", type=int, metavar="N",
+                             help="processes; 0: this one only (default: NUM_WORKERS of constants.py)")
         command.add_argument("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE",
-                             help="override constants.py")
+                             help="override constants.py (default: nothing)")
     cache.add_argument("--data", required=True, metavar="DIR",
                        help="a folder per study; below it NIfTI files and DICOM series, in any order")
     cache.add_argument("--modes", metavar="CSV",
-                       help="columns study, mode (mri|ct); without it guessed: see mode_mapping.csv there")
+                       help="columns study, mode: mri or ct (default: guessed; see mode_mapping.csv there)")
     pairs.add_argument("--data", required=True, metavar="DIR",
                        help="X-rays (PNG, JPEG, TIFF, DICOM, NIfTI); with --ct: NIfTI files, DICOM folders")
-    pairs.add_argument("--patients", metavar="CSV", help="columns path (below --data), patient")
+    pairs.add_argument("--patients", metavar="CSV",
+                       help="columns path (below --data), patient (default: by the names of folders, files)")
     pairs.add_argument("--per-image", type=int, metavar="N",
-                       help="pairs per X-ray or CT volume (default: PAIR_PER_IMAGE)")
+                       help="pairs per X-ray or CT volume (default: PAIR_PER_IMAGE of constants.py)")
     pairs.add_argument("--ct", action="store_true", help="the data are CT volumes")
     pairs.add_argument("--findings", nargs="+", metavar="WORD[=P]",
-                       help=f"only these, with their probabilities: {', '.join(FINDINGS)}")
+                       help="only these, with their probabilities (default: PAIR_FINDINGS of constants.py): "
+                       + ", ".join(FINDINGS))
     return parser.parse_args()
 
 
@@ -159,22 +165,6 @@ def make_spine_demo():
     """Write the demonstration spines below DEMO_DIR, unless there; returns their folder."""
     patients, size = C.DEMO_SPINE
     return write_demo_spine(Path(C.DEMO_DIR) / "spine", patients, C.SEED, C.NUM_WORKERS, size)
-
-
-def study_paths(data):
-    """(cache, CSV of labels or ""): of --data, or of the demonstration studies, which rank 0 makes.
-
-    These have labels and splits of their own, which count unless the constants name others.
-    """
-    if data is not None:
-        return Path(data), C.STUDY_LABELS
-    if is_main():
-        make_study_demo()
-    barrier()
-    demo = Path(C.DEMO_DIR) / "studies"
-    C.STUDY_LABELS = C.STUDY_LABELS or str(demo / "labels.csv")
-    C.STUDY_SPLIT_CSV = C.STUDY_SPLIT_CSV or str(demo / "split.csv")
-    return demo / "cache", C.STUDY_LABELS
 
 
 def make_demo(args):

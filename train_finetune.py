@@ -3,12 +3,9 @@
     python train_finetune.py --task mil -p brain_demo -n findings --init runs/brain/jepa_last.pt  # demo
     python train_finetune.py --task mil -n findings --data data/cache --init runs/brain/jepa_last.pt \\
         --set STUDY_LABELS=labels.csv
-    python train_finetune.py --task mil -n findings --data data/cache -c auto \\
+    torchrun --nproc_per_node=4 train_finetune.py --task mil -n findings --data data/cache -c auto \\
         --set STUDY_LABELS=labels.csv                                                              # resume
-    torchrun --nproc_per_node=4 train_finetune.py --task mil -n findings --data data/cache ...
-
     python train_finetune.py --task hvit -p leaf_demo -n classes --init runs/leaves/simclr_best.pt  # demo
-
     python train_finetune.py --task classify -p spine_location_view -n location --data slices.csv
     python train_finetune.py --task segment -p cord_segmentation -n cord --data masks.csv \\
         --init runs/location/classify_best.pt
@@ -17,13 +14,14 @@
         --init runs/painted/segment_best.pt
 
 --task mil   findings of a brain study from all of its series: a frozen or trainable token transformer, and
-             attention pooling over the study (multiple-instance learning).  Settings: constants.py, sections
-             12 to 14, 18 and 19.  Labels: a CSV with study_id and a column per label; empty is unknown.
+             attention pooling over the study (multiple-instance learning).  Labels: a CSV with study_id and
+             a column per label; empty is unknown.
 --task hvit  classes of photographs: the hierarchical vision transformer, or one of torchvision's networks.
-             Data: a folder per class, or a CSV with path and label.  Settings: sections 25, 28 and 29.
+             Data: a folder per class, or a CSV with path and label.
 --task classify | segment | multitask   slices of spine MRI: classes by a ResNet, masks by a U-Net, or both by
              one network.  Data: a CSV or folders of DICOM, NIfTI or pictures, see datasets/slices.py; split
-             by patient.  Settings: sections 30 to 33.
+             by patient.
+Settings: constants.py, sections 1 to 3, for mil 12 to 14, 18, 19, hvit 25, 28, 29, the others 30 to 33.
 """
 
 import math
@@ -49,8 +47,7 @@ from datasets.studies import ragged_collate, split_studies
 from losses.classification import check_photo_loss, class_weights, classification_loss, photo_loss
 from losses.slice_tasks import slice_loss
 from models.hvit import HViT
-from models.slice_nets import load_slice_weights, mask_channels, named_outputs
-from prepare_data import study_paths
+from models.slice_nets import encoder_of, mask_channels, named_outputs
 from utils import config, distributed, states
 from utils.attention_maps import draw_attention
 from utils.checkpoint import save_checkpoint
@@ -62,7 +59,7 @@ from utils.interrupts import Interrupts
 from utils.optim import drop_frozen_, parameter_groups
 from utils.photo_metrics import PhotoMetrics
 from utils.photo_sheet import photo_sheet, prediction_rows
-from utils.runs import check_finite, is_better, keep_checkpoint, open_run, resume_position, stale_for
+from utils.runs import best_row, check_finite, keep_checkpoint, open_run, resume_position, stale_for
 from utils.schedules import accumulation_group, go_to_step
 from utils.scores import LogitScores, SliceScores, check_monitor, one_slice
 from utils.slice_sheet import slice_rows, slice_sheet
@@ -95,7 +92,7 @@ class Task:
 
 def build_mil(args, run_dir, resumed):
     """A classifier of whole studies over the tokens of all series (Ilse et al. 2018, arXiv:1802.04712)."""
-    data, labels_csv = study_paths(args.data)
+    data, labels_csv = builders.study_paths(args.data)
     if not labels_csv:
         raise config.UserError("STUDY_LABELS: name a CSV of the studies' labels, --set STUDY_LABELS=FILE")
     studies, labels = builders.labelled_studies(data, labels_csv)
@@ -162,7 +159,7 @@ def build_hvit(args, run_dir, resumed):
                                                       C.HVIT_BALANCE == "sampler")
     model = builders.build_photo_network(len(names), start=not resumed)
     if not (resumed or C.HVIT_WEIGHTS):
-        builders.start_from(model, args.init, args.remove_prefix or "backbone.", HViT.second_stream)
+        builders.start_from(model, args.init, args.remove_prefix, (*HViT.second_stream, "head."))
     augment = PhotoAugment(C.HVIT_SEVERITY, C.HVIT_IMG_SIZE)
 
     def compute(model, batch):
@@ -208,7 +205,7 @@ def build_slices(kind, args, run_dir, resumed):
                                                       args.fast_dev_run)
     model = builders.build_slice_network(kind, names, mask_names, start=not resumed)
     if not resumed and (args.init or not C.SPINE_WEIGHTS):
-        builders.start_from(model, args.init, args.remove_prefix, ("head.",), load_slice_weights)
+        builders.start_from(model, args.init, args.remove_prefix, ("head.",), encoder_of(model))
     augment = SliceAugment(C.SPINE_SEVERITY, C.SPINE_SIZE)
     weight = torch.tensor(C.SPINE_CLASS_WEIGHTS) if C.SPINE_CLASS_WEIGHTS else None
 
@@ -247,7 +244,8 @@ STAY = ("cu_seqlens", "study_cu_seqlens", "seed")          # on the CPU, so that
 
 def parse_args():
     parser = config.training_parser(__doc__)
-    parser.add_argument("--task", required=True, choices=TASKS, help="what is learnt")
+    parser.add_argument("--task", required=True, choices=TASKS, metavar="TASK",
+                        help=f"what is learnt: {', '.join(TASKS)}")
     return parser.parse_args()
 
 
@@ -285,8 +283,10 @@ def main():
     epochs = 1 if args.fast_dev_run else task.epochs
     steps = [math.ceil(sampler.length(epoch) / task.every) for epoch in range(1, epochs + 1)]
     total_steps = sum(steps)
-    weights = sum(parameter.numel() for parameter in task.model.parameters())
+    parameters = sum(parameter.numel() for parameter in task.model.parameters())
     model = distributed.shard(task.model.to(device), C.STRATEGY)
+
+    # Optimizer
     optimizer, scheduler = builders.build_optimization(
         task.parameters(distributed.unwrap(model)), task.schedule, total_steps, round(total_steps / epochs))
     scaler = torch.amp.GradScaler(device.type, enabled=C.PRECISION == "fp16")
@@ -313,18 +313,21 @@ def main():
             go_to_step(scheduler, settings, sum(steps[:first_epoch - 1], -(-first_batch // task.every)))
         else:
             scheduler.load_state_dict(checkpoint["scheduler_state_dict"])
+        for change in changed:
+            distributed.say(f"Changed since the checkpoint: {change}")
         if distributed.is_main():
-            print("".join(f"Changed since the checkpoint: {change}\n" for change in changed), end="")
+            keep_checkpoint(run_dir, task.kind, C.KEEP_TOP_K, C.SAVE_EVERY_EPOCHS, *task.monitor)
     if C.COMPILE:
         model.compile()
 
+    # Record
     trackers = None
     if distributed.is_main():
         trackers = Trackers(C.TRACKERS, run_dir, config.hyperparameters(C), step)
         config.write_training_params(
             run_dir, C, preset=args.preset, overrides=args.set, kind=task.kind,
             data=str(data), train_items=len(train_set), val_items=len(task.val_loader.dataset),
-            world_size=distributed.world_size(), device=str(device), parameters=weights,
+            world_size=distributed.world_size(), device=str(device), parameters=parameters,
             effective_batch=sampler.batch_size * task.every * distributed.world_size(),
             steps_per_epoch=steps[0], total_steps=total_steps)
 
@@ -355,12 +358,10 @@ def main():
     # Train
     for epoch in range(first_epoch, epochs + 1):
         if task.patience and stale_for(history, *task.monitor) >= task.patience:
-            if distributed.is_main():
-                print(f"No better {task.monitor[0]} in {task.patience} epochs: the run ends")
+            distributed.say(f"No better {task.monitor[0]} in {task.patience} validations: the run ends")
             break
         started, num_batches = time.monotonic(), sampler.length(epoch)
-        if distributed.is_main():
-            print(f"Epoch {epoch}/{epochs}")
+        distributed.say(f"Epoch {epoch}/{epochs}")
         model.train()
         train_set.set_epoch(epoch)
         sampler.set_position(epoch, first_batch)
@@ -405,7 +406,7 @@ def main():
             if save_now:
                 save_last(epoch, i + 1)
 
-        # Validate with the averaged weights
+        # Validate
         with ema.applied() if ema is not None else nullcontext():
             result = evaluate(task, model, device, interrupts)
         if result is None:
@@ -415,21 +416,20 @@ def main():
                        for name, value in running.items()}
 
         # Log and save
-        row = {"epoch": epoch, "step": step, "lr": optimizer.param_groups[0]["lr"],
+        row = {"epoch": epoch, "step": step, "train/lr": optimizer.param_groups[0]["lr"],
                **{f"train/{name}": value for name, value in train_means.items()},
                **{f"val/{name}": value for name, value in values.items()}}
         history.append(row)
-        better = is_better(row, best, *task.monitor)
-        best = row[task.monitor[0]] if better else best
+        best = best_row(history, *task.monitor)[task.monitor[0]]
         running, first_batch = {}, 0
-        save_last(epoch, num_batches, row["train/loss"], row["val/loss"])
         if distributed.is_main():
-            kept = keep_checkpoint(run_dir, task.kind, history, better, C.KEEP_TOP_K, C.SAVE_EVERY_EPOCHS,
-                                   *task.monitor)
             write_history(run_dir, history)
             if rows:
                 task.draw(run_dir / "samples" / f"epoch_{epoch}.png", rows)
-            trackers.log({**row, "train/lr": row["lr"]}, step)
+            trackers.log(row, step)
+        save_last(epoch, num_batches, row["train/loss"], row["val/loss"])
+        if distributed.is_main():
+            kept = keep_checkpoint(run_dir, task.kind, C.KEEP_TOP_K, C.SAVE_EVERY_EPOCHS, *task.monitor)
             print(f"{epoch_line(row)} ({time.monotonic() - started:.0f} s)")
             print(f"Saved checkpoint: {kept}")
 

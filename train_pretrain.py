@@ -9,9 +9,10 @@
     python train_pretrain.py --method simclr -p leaf_demo -n leaves          # demo leaves, made on first use
 
 --method jepa   Vol-JEPA on brain MRI and CT: a student sees a part of each series and predicts what a
-                teacher, its moving average, makes of the rest.  Settings: constants.py, sections 12 to 17.
+                teacher, its moving average, makes of the rest.
 --method simclr   photographs: two random views of an image shall be told from those of all others.  Data:
-                photographs in any folders, or a CSV; classes are used to probe alone.  Sections 25 to 27.
+                photographs in any folders, or a CSV; classes are used to probe alone.
+Settings: constants.py, sections 1 to 3, for jepa 12 to 17, simclr 25 to 27.
 """
 
 import math
@@ -38,7 +39,6 @@ from losses.jepa import jepa_loss
 from losses.nt_xent import nt_xent_loss
 from models.jepa import VolJEPA, teacher_targets
 from models.simclr import SimCLR
-from prepare_data import study_paths
 from utils import config, distributed, states
 from utils.checkpoint import load_backbone, save_checkpoint
 from utils.collapse import feature_statistics
@@ -50,7 +50,7 @@ from utils.mask_sheet import mask_rows, mask_sheet
 from utils.optim import parameter_groups
 from utils.photo_probe import probe_photos
 from utils.photo_sheet import photo_sheet, view_rows
-from utils.runs import check_finite, is_better, keep_checkpoint, open_run, resume_position
+from utils.runs import best_row, check_finite, keep_checkpoint, open_run, resume_position
 from utils.schedules import accumulation_group, go_to_step, teacher_momentum
 from utils.study_probe import probe_studies
 
@@ -83,7 +83,7 @@ class Method:
 
 def build_jepa(args, run_dir, resumed):
     """Student, predictor and teacher on cached studies (Vol-JEPA; Assran et al. 2023, arXiv:2301.08243)."""
-    data, labels = study_paths(args.data)
+    data, labels = builders.study_paths(args.data)
     splits = split_studies(read_cache(data), C.STUDY_VAL_FRACTION, C.STUDY_TEST_FRACTION,
                            C.STUDY_SPLIT_CSV or None)
     if args.fast_dev_run:
@@ -130,7 +130,7 @@ def start_jepa(encoder, predictor, init, remove_prefix):
     """Fill both from the run of --init; of another stage only the encoder must match."""
     matched, unmatched = load_backbone(encoder, init, remove_prefix)
     own, _ = load_backbone(predictor, init, "predictor.", minimum=0.0, prefer=("model_state_dict",))
-    builders.say(f"--init {init}: {len(matched)} weights of the encoder matched, {len(unmatched)} not "
+    distributed.say(f"--init {init}: {len(matched)} weights of the encoder matched, {len(unmatched)} not "
                  f"{unmatched[:5]}; {len(own)} of the predictor")
 
 
@@ -162,7 +162,7 @@ def build_simclr(args, run_dir, resumed):
     still_loader = builders.still_loader(train_loader)
     backbone = builders.build_photo_network(0, start=not resumed)
     if not (resumed or C.HVIT_WEIGHTS):
-        builders.start_from(backbone, args.init, args.remove_prefix or "backbone.")
+        builders.start_from(backbone, args.init, args.remove_prefix)
     labelled = all(any(photo.label >= 0 for photo in splits[name]) for name in ("train", "val"))
     views = builders.build_views()
 
@@ -199,7 +199,8 @@ STAY = ("context", "target", "foreground", "cu_seqlens", "seed")  # on the CPU, 
 
 def parse_args():
     parser = config.training_parser(__doc__)
-    parser.add_argument("--method", required=True, choices=METHODS, help="how the backbone learns")
+    parser.add_argument("--method", required=True, choices=METHODS, metavar="METHOD",
+                        help=f"how the backbone learns: {', '.join(METHODS)}")
     return parser.parse_args()
 
 
@@ -240,14 +241,15 @@ def main():
 
     # Data and model
     data, method = METHODS[args.method](args, run_dir, checkpoint is not None)
-    train_set, val_set = method.train_loader.dataset, method.val_loader.dataset
-    sampler = method.train_loader.batch_sampler
+    train_set, sampler = method.train_loader.dataset, method.train_loader.batch_sampler
     epochs = 1 if args.fast_dev_run else method.epochs
     steps = [math.ceil(sampler.length(epoch) / method.every) for epoch in range(1, epochs + 1)]
     total_steps = sum(steps)
-    weights = sum(parameter.numel() for parameter in method.model.parameters())
+    parameters = sum(parameter.numel() for parameter in method.model.parameters())
     model = distributed.shard(method.model.to(device), C.STRATEGY)
     teacher = method.teacher and distributed.shard(method.teacher.to(device), C.STRATEGY)
+
+    # Optimizer
     optimizer, scheduler = builders.build_optimization(
         method.parameters(model), method.schedule, total_steps, round(total_steps / epochs))
     scaler = torch.amp.GradScaler(device.type, enabled=C.PRECISION == "fp16")
@@ -269,18 +271,21 @@ def main():
             go_to_step(scheduler, settings, sum(steps[:first_epoch - 1], -(-first_batch // method.every)))
         else:
             scheduler.load_state_dict(checkpoint["scheduler_state_dict"])
+        for change in changed:
+            distributed.say(f"Changed since the checkpoint: {change}")
         if distributed.is_main():
-            print("".join(f"Changed since the checkpoint: {change}\n" for change in changed), end="")
+            keep_checkpoint(run_dir, method.kind, C.KEEP_TOP_K, C.SAVE_EVERY_EPOCHS, *method.monitor)
     if C.COMPILE:
         model.compile()
 
+    # Record
     trackers = None
     if distributed.is_main():
         trackers = Trackers(C.TRACKERS, run_dir, config.hyperparameters(C), step)
         config.write_training_params(
             run_dir, C, preset=args.preset, overrides=args.set, kind=method.kind,
-            data=str(data), train_items=len(train_set), val_items=len(val_set),
-            world_size=distributed.world_size(), device=str(device), parameters=weights,
+            data=str(data), train_items=len(train_set), val_items=len(method.val_loader.dataset),
+            world_size=distributed.world_size(), device=str(device), parameters=parameters,
             effective_batch=sampler.batch_size * method.every * distributed.world_size(),
             steps_per_epoch=steps[0], total_steps=total_steps)
 
@@ -310,8 +315,7 @@ def main():
     # Train
     for epoch in range(first_epoch, epochs + 1):
         started, num_batches = time.monotonic(), sampler.length(epoch)
-        if distributed.is_main():
-            print(f"Epoch {epoch}/{epochs}")
+        distributed.say(f"Epoch {epoch}/{epochs}")
         model.train()
         train_set.set_epoch(epoch)
         sampler.set_position(epoch, first_batch)
@@ -366,21 +370,20 @@ def main():
                        for name, value in running.items()}
 
         # Log and save
-        row = {"epoch": epoch, "step": step, "lr": optimizer.param_groups[0]["lr"],
+        row = {"epoch": epoch, "step": step, "train/lr": optimizer.param_groups[0]["lr"],
                **{f"train/{name}": value for name, value in train_means.items()},
                **{f"val/{name}": value for name, value in values.items()}}
         history.append(row)
-        better = is_better(row, best, *method.monitor)
-        best = row[method.monitor[0]] if better else best
+        best = best_row(history, *method.monitor)[method.monitor[0]]
         running, first_batch = {}, 0
-        save_last(epoch, num_batches, row["train/loss"], row["val/loss"])
         if distributed.is_main():
-            kept = keep_checkpoint(run_dir, method.kind, history, better, C.KEEP_TOP_K, C.SAVE_EVERY_EPOCHS,
-                                   *method.monitor)
             write_history(run_dir, history)
             if rows:
                 method.draw(run_dir / "samples" / f"epoch_{epoch}.png", rows)
             trackers.log(row, step)
+        save_last(epoch, num_batches, row["train/loss"], row["val/loss"])
+        if distributed.is_main():
+            kept = keep_checkpoint(run_dir, method.kind, C.KEEP_TOP_K, C.SAVE_EVERY_EPOCHS, *method.monitor)
             print(f"{epoch_line(row)} ({time.monotonic() - started:.0f} s)")
             print(f"Saved checkpoint: {kept}")
 

@@ -4,11 +4,13 @@
     python train_vista3d.py -p snemi3d -n neurons --data data
     python train_vista3d.py -p snemi3d -n neurons --data data -c auto                     # resume
     python train_vista3d.py -p foundation -n all --data data --init vista3d_weights.pt    # or MONAI's weights
+    python train_vista3d.py -p snemi3d -n tokens --data data --init runs/brain/jepa_last.pt \\
+        --set VISTA_ENCODER=token_vit
     torchrun --nproc_per_node=4 train_vista3d.py -p foundation -n all --data data --set STRATEGY=fsdp
 
 Presets: snemi2d, snemi3d, cremi3d, combine, foundation.  Data: the folders snemi3d, cremi3d, mitoem2, as
-`prepare_data.py download` brings them, or a volumes.csv that names your own.  Settings: constants.py, 20 to
-24.
+`prepare_data.py download` brings them, or a volumes.csv that names your own.
+Settings: constants.py, sections 1 to 3 and 20 to 24.
 """
 
 import math
@@ -18,43 +20,38 @@ import time
 from contextlib import nullcontext
 
 import torch
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+import builders
 import constants as C
 from datasets.connectomics import ConnectomicsDataset
 from datasets.em_augment import EMAugment
 from datasets.em_labels import CLASSES, IGNORE, INSTANCE_CLASSES
 from datasets.em_sources import find_sources
-from datasets.samplers import ShardedSampler, count_real
 from losses.discriminative import discriminative_loss
 from losses.segmentation import check_class_weights, semantic_loss
 from models.vista import Vista
 from prepare_data import make_em_demo
 from utils import config, distributed, states
 from utils.agglomeration import segment
-from utils.checkpoint import load_backbone, save_checkpoint
+from utils.checkpoint import save_checkpoint
 from utils.device import autocast, to_device
 from utils.em_pictures import sheet
 from utils.ema import EMA
 from utils.history import Trackers, batch_line, epoch_line, progress_bar, write_history
 from utils.instance_metrics import Contingency, SemanticMetrics
-from utils.interrupts import Interrupts, leave_to_parent
-from utils.optim import build_optimizer, parameter_groups
-from utils.runs import check_finite, is_better, keep_checkpoint, open_run, resume_position, stale_for
-from utils.schedules import accumulation_group, build_scheduler, go_to_step
+from utils.interrupts import Interrupts
+from utils.optim import parameter_groups
+from utils.runs import best_row, check_finite, keep_checkpoint, open_run, resume_position, stale_for
+from utils.schedules import accumulation_group, go_to_step
 
 KIND = "vista3d"
 SCORES = ("adapted_rand_error", "voi", "voi_split", "voi_merge")
 
 
 def build_data(data, fast_dev_run):
-    """(training set, validation set, root folder); the demo volumes when ``data`` is None."""
-    if data is None:
-        if distributed.is_main():
-            make_em_demo()
-        distributed.barrier()
-        data = make_em_demo()
+    """(training loader, validation loader, root folder); of the demo volumes when ``data`` is None."""
+    data = builders.data_path(data, make_em_demo, "em")
     sources = find_sources(data, C.VISTA_DATASETS, C.VISTA_VAL_FRACTION, C.VISTA_TEST_FRACTION, C.VISTA_GAP)
     augment = EMAugment(flip=C.VISTA_AUG_FLIP, rotate=C.VISTA_AUG_ROTATE, max_angle=C.VISTA_AUG_ANGLE,
                         elastic=C.VISTA_AUG_ELASTIC, noise=C.VISTA_AUG_NOISE, noise_std=C.VISTA_AUG_NOISE_STD,
@@ -69,61 +66,19 @@ def build_data(data, fast_dev_run):
         cache_rate=C.VISTA_CACHE_RATE, on_bad_file=C.ON_BAD_FILE)
         for split, crops, chosen in (("train", C.VISTA_CROPS_PER_EPOCH, augment),
                                      ("val", C.VISTA_VAL_CROPS, None)))
-    return train_set, val_set, data
-
-
-def build_loader(dataset, shuffle):
-    """Loader of this rank's share.  Its own generator keeps it from drawing on the global random state."""
-    sampler = ShardedSampler(len(dataset), shuffle, C.SEED, distributed.rank(), distributed.world_size())
-    return DataLoader(dataset, C.VISTA_BATCH_SIZE, sampler=sampler, num_workers=C.NUM_WORKERS,
-                      pin_memory=torch.cuda.is_available(), worker_init_fn=leave_to_parent,
-                      generator=torch.Generator())
+    train_loader, val_loader = (builders.build_item_loader(part, C.VISTA_BATCH_SIZE, False)
+                                for part in (train_set, val_set))      # training draws its crops at random
+    return train_loader, val_loader, data
 
 
 def build_model():
     """The network that the constants describe."""
     dims = 2 if C.VISTA_SLICES else 3
+    vit = builders.build_token_vit() if C.VISTA_ENCODER == "token_vit" else None
     model = Vista(dims, C.VISTA_ENCODER, C.VISTA_FEATURES, C.VISTA_NUM_CLASSES, C.VISTA_EMBEDDING,
-                  C.VISTA_HEAD_WIDTH, C.VISTA_COORDINATES, C.ACTIVATION_CHECKPOINTING)
+                  C.VISTA_HEAD_WIDTH, C.VISTA_COORDINATES, C.ACTIVATION_CHECKPOINTING, vit)
     formats = {2: torch.channels_last, 3: torch.channels_last_3d}
     return model.to(memory_format=formats[dims]) if C.CHANNELS_LAST else model
-
-
-def load_pretrained(model, path, remove_prefix):
-    """Start from the weights of another run, or from MONAI's of the same layout, as far as they go.
-
-    The encoder must be found, under ``remove_prefix`` or one of the usual ones; heads are taken if they fit.
-    """
-    error = None
-    for prefix in [remove_prefix] if remove_prefix else ["encoder.", "image_encoder.", ""]:
-        try:
-            matched, unmatched = load_backbone(model.encoder, path, prefix)
-            break
-        except config.UserError as refused:
-            error = error or refused
-    else:
-        raise error
-    heads, _ = load_backbone(model, path, remove_prefix, minimum=0.0)
-    heads = [name for name in heads if not name.startswith("encoder.")]
-    if distributed.is_main():
-        print(f"--init {path}: {len(matched)} weights of the encoder matched, {len(unmatched)} not "
-              f"{unmatched[:5]}; {len(heads)} of the heads")
-
-
-def build_optimization(model, total_steps, steps_per_epoch):
-    """(optimizer, scheduler)."""
-    groups = parameter_groups(model, C.VISTA_WEIGHT_DECAY, C.NO_DECAY_NORM_BIAS)
-    optimizer = build_optimizer(C.OPTIMIZER, groups, C.VISTA_LR, C.VISTA_WEIGHT_DECAY, C.ADAM_BETAS,
-                                C.MOMENTUM)
-    scheduler = build_scheduler(
-        optimizer, C.VISTA_SCHEDULE, total_steps, steps_per_epoch,
-        pct_start=C.ONECYCLE_PCT_START, div_factor=C.ONECYCLE_DIV_FACTOR,
-        final_div_factor=C.ONECYCLE_FINAL_DIV_FACTOR,
-        warmup=C.VISTA_WARMUP_STEPS, num_cycles=C.NUM_CYCLES, ipe_scale=C.IPE_SCALE,
-        start_lr=C.START_LR, final_lr=C.VISTA_FINAL_LR,
-        step_size=C.STEP_SIZE, step_unit=C.STEP_UNIT, gamma=C.STEP_GAMMA,
-        t0=C.RESTART_T0, t0_unit=C.RESTART_T0_UNIT, t_mult=C.RESTART_T_MULT, eta_min=C.VISTA_FINAL_LR)
-    return optimizer, scheduler
 
 
 def loss_terms(outputs, batch, class_weights):
@@ -169,8 +124,7 @@ def evaluate(model, loader, class_weights, device, interrupts):
         batch = to_device(batch, device)
         with autocast(device, C.PRECISION):
             outputs = model(batch["image"])
-        real = count_real(i, loader.batch_size, len(loader.dataset), distributed.rank(),
-                          distributed.world_size())
+        real = loader.batch_sampler.real(i)
         kept = max(real, 1)                    # a rank without a case of its own still takes part in the sums
         outputs, batch = ({key: value[:kept] for key, value in each.items()} for each in (outputs, batch))
         loss, terms = loss_terms(outputs, {**batch, "count": most}, class_weights)
@@ -210,31 +164,34 @@ def main():
     run_dir, checkpoint = open_run(C.RUNS_DIR, args.save_name, args.checkpoint, KIND)
     interrupts = Interrupts(C.CHECKPOINT_MINUTES)
 
-    # Data
-    train_set, val_set, data = build_data(args.data, args.fast_dev_run)
-    train_loader, val_loader = build_loader(train_set, shuffle=False), build_loader(val_set, shuffle=False)
+    # Data and model
+    train_loader, val_loader, data = build_data(args.data, args.fast_dev_run)
+    train_set, sampler = train_loader.dataset, train_loader.batch_sampler
     num_batches = len(train_loader)
     steps_per_epoch = math.ceil(num_batches / C.VISTA_UPDATE_EVERY_BATCHES)
     epochs = 1 if args.fast_dev_run else C.VISTA_EPOCHS
     total_steps = epochs * steps_per_epoch
     monitor = (C.VISTA_MONITOR, C.VISTA_MONITOR_MODE)
-
-    # Model and optimizer
     model = build_model()
     class_weights = torch.tensor(C.VISTA_CLASS_WEIGHTS, device=device) if C.VISTA_CLASS_WEIGHTS else None
-    if checkpoint is None and args.init:
-        load_pretrained(model, args.init, args.remove_prefix)
-    elif checkpoint is None and distributed.is_main():
-        print("No --init: the network starts from random weights")
+    if checkpoint is None:                  # of a token transformer pretraining knows nothing but itself
+        builders.start_from(model, args.init, args.remove_prefix,
+                            part=getattr(model.encoder, "vit", model.encoder))
     parameters = sum(parameter.numel() for parameter in model.parameters())
     model = distributed.shard(model.to(device), C.STRATEGY)
-    optimizer, scheduler = build_optimization(model, total_steps, steps_per_epoch)
+
+    # Optimizer
+    groups = parameter_groups(model, C.VISTA_WEIGHT_DECAY, C.NO_DECAY_NORM_BIAS)
+    schedule = {"name": C.VISTA_SCHEDULE, "warmup": C.VISTA_WARMUP_STEPS, "ipe_scale": C.IPE_SCALE,
+                "start_lr": C.START_LR, "final_lr": C.VISTA_FINAL_LR}
+    optimizer, scheduler = builders.build_optimization(
+        [{**group, "lr": C.VISTA_LR} for group in groups], schedule, total_steps, steps_per_epoch)
     scaler = torch.amp.GradScaler(device.type, enabled=C.PRECISION == "fp16")
     ema = EMA(model, C.EMA_DECAY, C.EMA_WARMUP) if C.USE_EMA else None
 
     # Resume
     first_epoch, first_batch, step, best, history, running, bad_files = 1, 0, 0, None, [], {}, set()
-    torch.manual_seed(C.SEED + distributed.rank())
+    torch.manual_seed(C.SEED + distributed.rank())                  # dropout differs between ranks
     if checkpoint is not None:
         settings = states.load_training_state(checkpoint, model, optimizer, scaler)
         if ema is not None:
@@ -249,20 +206,23 @@ def main():
             go_to_step(scheduler, settings, min(done, total_steps))
         else:
             scheduler.load_state_dict(checkpoint["scheduler_state_dict"])
+        for change in changed:
+            distributed.say(f"Changed since the checkpoint: {change}")
         if distributed.is_main():
-            print("".join(f"Changed since the checkpoint: {change}\n" for change in changed), end="")
+            keep_checkpoint(run_dir, KIND, C.KEEP_TOP_K, C.SAVE_EVERY_EPOCHS, *monitor)
     if C.COMPILE:
         model.compile()
 
+    # Record
     trackers = None
     if distributed.is_main():
         trackers = Trackers(C.TRACKERS, run_dir, config.hyperparameters(C), step)
         config.write_training_params(
             run_dir, C, preset=args.preset, overrides=args.set, kind=KIND,
-            data=str(data), train_data=train_set.describe(), val_data=val_set.describe(),
-            train_items=len(train_set), val_items=len(val_set),
+            data=str(data), train_data=train_set.describe(), val_data=val_loader.dataset.describe(),
+            train_items=len(train_set), val_items=len(val_loader.dataset),
             world_size=distributed.world_size(), device=str(device), parameters=parameters,
-            effective_batch=C.VISTA_BATCH_SIZE * C.VISTA_UPDATE_EVERY_BATCHES * distributed.world_size(),
+            effective_batch=sampler.batch_size * C.VISTA_UPDATE_EVERY_BATCHES * distributed.world_size(),
             steps_per_epoch=steps_per_epoch, total_steps=total_steps)
 
     def save_last(epoch, batch_in_epoch, train_loss=None, val_loss=None):
@@ -292,16 +252,14 @@ def main():
     # Train
     for epoch in range(first_epoch, epochs + 1):
         if C.VISTA_PATIENCE and stale_for(history, *monitor) >= C.VISTA_PATIENCE:
-            if distributed.is_main():
-                print(f"No better {monitor[0]} in {C.VISTA_PATIENCE} validations: the run ends")
+            distributed.say(f"No better {monitor[0]} in {C.VISTA_PATIENCE} validations: the run ends")
             break
         started = time.monotonic()
-        if distributed.is_main():
-            print(f"Epoch {epoch}/{epochs}")
+        distributed.say(f"Epoch {epoch}/{epochs}")
         model.train()
         train_set.set_epoch(epoch)
-        train_loader.sampler.set_position(epoch, first_batch, C.VISTA_BATCH_SIZE)
-        group_loss, group_cases = torch.zeros((), device=device), []
+        sampler.set_position(epoch, first_batch)
+        group_loss, group_items = torch.zeros((), device=device), []
         batches = progress_bar(train_loader, f"epoch {epoch}", first_batch)
         for i, batch in enumerate(batches, start=first_batch):
             size, is_last = accumulation_group(i, num_batches, C.VISTA_UPDATE_EVERY_BATCHES)
@@ -315,7 +273,7 @@ def main():
                 scaler.scale(loss / size).backward()
             for name, term in {"loss": loss, **terms}.items():
                 running[name] = running.get(name, 0) + term.detach()
-            group_loss, group_cases = group_loss + loss.detach(), group_cases + batch["case"]
+            group_loss, group_items = group_loss + loss.detach(), group_items + batch["case"]
             bad_files.update(filter(None, batch["bad_files"]))
             if distributed.is_main() and (i + 1) % C.LOG_EVERY_BATCHES == 0:
                 means = {name: value.item() / (i + 1) for name, value in running.items()}
@@ -326,7 +284,7 @@ def main():
             scaler.unscale_(optimizer)                                  # clip true gradients, not scaled ones
             if C.GRAD_CLIP_NORM:
                 torch.nn.utils.clip_grad_norm_(model.parameters(), C.GRAD_CLIP_NORM)
-            check_finite(group_loss, terms, step + 1, group_cases)
+            check_finite(group_loss, terms, step + 1, group_items)
             scaler.step(optimizer)
             scaler.update()
             scheduler.step()
@@ -335,7 +293,7 @@ def main():
             if ema is not None:
                 ema.update()
             step += 1
-            group_loss, group_cases = torch.zeros((), device=device), []
+            group_loss, group_items = torch.zeros((), device=device), []
 
             stop_now, save_now = distributed.any_rank([interrupts.stop, interrupts.save])
             if stop_now:
@@ -343,7 +301,7 @@ def main():
             if save_now:
                 save_last(epoch, i + 1)
 
-        # Validate with the averaged weights
+        # Validate
         values, rows = {}, []
         if epoch in (1, epochs) or epoch % C.VISTA_VAL_EVERY == 0:
             with ema.applied() if ema is not None else nullcontext():
@@ -355,21 +313,20 @@ def main():
                        for name, value in running.items()}
 
         # Log and save
-        row = {"epoch": epoch, "step": step, "lr": optimizer.param_groups[0]["lr"],
+        row = {"epoch": epoch, "step": step, "train/lr": optimizer.param_groups[0]["lr"],
                **{f"train/{name}": value for name, value in train_means.items()},
                **{f"val/{name}": value for name, value in values.items()}}
         history.append(row)
-        better = is_better(row, best, *monitor)
-        best = row[monitor[0]] if better else best
+        best = best_row(history, *monitor)[monitor[0]]
         running, first_batch = {}, 0
-        save_last(epoch, num_batches, row["train/loss"], row.get("val/loss"))
         if distributed.is_main():
-            kept = keep_checkpoint(run_dir, KIND, history, better, C.KEEP_TOP_K, C.SAVE_EVERY_EPOCHS,
-                                   *monitor)
             write_history(run_dir, history)
             if rows:
                 sheet(run_dir / "samples" / f"epoch_{epoch}.png", rows)
             trackers.log(row, step)
+        save_last(epoch, num_batches, row["train/loss"], row.get("val/loss"))
+        if distributed.is_main():
+            kept = keep_checkpoint(run_dir, KIND, C.KEEP_TOP_K, C.SAVE_EVERY_EPOCHS, *monitor)
             print(f"{epoch_line(row)} ({time.monotonic() - started:.0f} s)")
             print(f"Saved checkpoint: {kept}")
 

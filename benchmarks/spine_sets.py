@@ -4,7 +4,8 @@
 
 --data holds errsm30, fake_lesion and pam50_small: a subject in several contrasts, a subject with a lesion
 painted into its T2w image, and the PAM50 template with its vertebral levels.  Writes CSV files for --data of
-train_finetune.py, and below sagittal/ pieces of the template as long as they are wide (70 mm):
+train_finetune.py, and below pieces/ parts of the template as long as they are wide (70 mm), tilted to the
+front or the back and shifted, as no patient lies straight:
 
     cord_<subject>.csv   axial slices with masks of the cord; <subject>, errsm30 or fake_lesion, is the test,
                          the rest trains, but for the template's C4 to C6, which choose the checkpoint
@@ -23,6 +24,9 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+from nibabel.affines import apply_affine, from_matvec
+from nibabel.processing import resample_from_to
+from scipy.spatial.transform import Rotation
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -38,6 +42,7 @@ LEVELS = {"cervical": range(1, 8), "thoracic": range(8, 20), "lumbar": range(20,
 TEST_LEVELS, VAL_LEVELS, VAL_CORD = (4, 5, 12, 13, 14, 20), (6, 16), (4, 5, 6)
 LOWEST = 15                                          # slices of the template below L1
 PIECE, STEP = 35, 5                                  # slices of 2 mm in a piece, and between two starts
+TILT, SHIFT = 35, 12                             # most degrees and mm of a piece
 VAL_BELOW = 73                                       # slice of the template where T10 begins
 
 
@@ -57,7 +62,8 @@ def level_of_slices(data):
 def cut_pieces(data, folder):
     """Cut the template into pieces below ``folder`` -> [(image, mask of the cord, split)].
 
-    Those that lie below T10 validate; what reaches over its upper end is left out.
+    Those that lie below T10 validate; what reaches over its upper end is left out.  Tilts and shifts depend
+    on where a piece starts alone.
     """
     folder.mkdir(parents=True, exist_ok=True)
     image, mask = (nib.load(data / path) for path in TEMPLATE)
@@ -66,8 +72,12 @@ def cut_pieces(data, folder):
         if start < VAL_BELOW < start + PIECE:
             continue
         paths = [folder / f"{start:03d}.nii.gz", folder / f"{start:03d}_cord.nii.gz"]
-        for whole, path in zip((image, mask), paths, strict=True):
-            nib.save(whole.slicer[:, :, start:start + PIECE], path)
+        part, rng = image.slicer[:, :, start:start + PIECE], np.random.default_rng(start)
+        turn = Rotation.from_euler("x", rng.uniform(-TILT, TILT), degrees=True).as_matrix()
+        middle = apply_affine(part.affine, np.array(part.shape) / 2)
+        moved = from_matvec(turn, middle - turn @ middle + (0, rng.uniform(-SHIFT, SHIFT), 0)) @ part.affine
+        for whole, path, order in zip((image, mask), paths, (1, 0), strict=True):
+            nib.save(resample_from_to(whole, (part.shape, moved), order), path)
         pieces.append((*paths, "train" if start >= VAL_BELOW else "val"))
     return pieces
 
@@ -125,7 +135,7 @@ def main():
     missing = [path for path in (*TEMPLATE, *FAKE, *ERRSM.values()) if not (data / path).is_file()]
     if missing:
         raise UserError(f"{data / missing[0]}: no such file of sct_testing_data (Spinal Cord Toolbox)")
-    levels, pieces = level_of_slices(data), cut_pieces(data, output / "sagittal")
+    levels, pieces = level_of_slices(data), cut_pieces(data, output / "pieces")
     tables = {"cord_errsm30": cord_rows(data, levels, "errsm30"), "view": view_rows(data, pieces),
               "cord_fake_lesion": cord_rows(data, levels, "fake_lesion"), "level": level_rows(data, levels),
               "lesion": lesion_rows(data, pieces),

@@ -33,6 +33,7 @@ from datasets.pair_files import CRASHED, list_bad_files, run_jobs
 from datasets.study_modes import decide, read_modes
 from datasets.volumes import find_sources
 from utils.config import BadFile, UserError
+from utils.files import claim, is_taken
 
 VERSION = 1                                          # of the cache's files
 INDEX = "metadata.json"
@@ -174,9 +175,9 @@ def claim_cache(raw, output, settings):
         if other:
             raise UserError(f"{output}: this cache was made with another {', '.join(other)}; "
                             "choose another --output or delete that folder")
-    elif output.exists() and (not output.is_dir() or any(output.iterdir())):
+    elif is_taken(output):
         raise UserError(f"{output}: holds other things (no {INDEX} in it); choose another --output")
-    output.mkdir(parents=True, exist_ok=True)
+    claim(output, "wait for its end")
     write_index(output, created, settings, {})
     return created
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,7 @@ from datasets.preprocess import preprocess
 from datasets.study_modes import vote_of
 from datasets.volumes import read_volume
 from utils.config import BadFile
+from utils.files import replacing
 
 RECORD = "_metadata.json"                            # ending of the name of a series' record
 
@@ -117,13 +117,11 @@ def hash_of(paths):
 
 def save_tensor(path, **content):
     """Write a dict with torch.save, whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    torch.save(content, temporary)
-    os.replace(temporary, path)
+    with replacing(path) as file:
+        torch.save(content, file)
 
 
 def save_json(path, content):
     """Write JSON, whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content))
-    os.replace(temporary, path)
+    with replacing(path, "w") as file:
+        json.dump(content, file)

@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from datasets.pair_files import run_jobs
 from utils.config import UserError
+from utils.files import claim, is_taken, replacing
 
 MARKER = "demo.json"                                 # what the folder was made with, and whether it is whole
 
@@ -24,17 +25,16 @@ def is_complete(output, wanted):
             raise UserError(f"{output}: its demo data were made with another {', '.join(other)}; "
                             f"delete that folder or choose another")
         return found["complete"]
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    if is_taken(output):
         raise UserError(f"{output}: holds other things (no {MARKER} in it); choose another folder")
     return False
 
 
 def write_marker(output, wanted, complete):
     """Record in the folder what it is made with, whole or not at all."""
-    output.mkdir(parents=True, exist_ok=True)
-    temporary = output / f"{MARKER}.tmp"
-    temporary.write_text(json.dumps({"made_with": wanted, "complete": complete}, indent=2))
-    os.replace(temporary, output / MARKER)
+    claim(output, "wait for its end")
+    with replacing(output / MARKER, "w") as file:
+        json.dump({"made_with": wanted, "complete": complete}, file, indent=2)
 
 
 def make_missing(work, jobs, workers, unit):

@@ -18,7 +18,9 @@ from pydicom.pixels import apply_modality_lut
 from pydicom.tag import Tag
 from pydicom.uid import UID, ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
-from datasets.io import DAMAGED_DICOM, one_line, stored_pixels
+from datasets.dicom_files import number_of, read_dataset
+from datasets.dicom_pixels import stored_pixels
+from datasets.io import DAMAGED_DICOM, one_line
 from utils.config import BadFile
 
 PLAIN = (ImplicitVRLittleEndian, ExplicitVRLittleEndian)     # pixels lie in the file as they are
@@ -118,7 +120,7 @@ def read_header(path):
                 head, syntax == ImplicitVRLittleEndian, True, specific_tags=TAGS, defer_size=DEFER)})
             if PIXELS in header and GROUPS[1] not in header:
                 return header, syntax, size
-    header = pydicom.dcmread(path, force=True, specific_tags=TAGS, defer_size=DEFER)
+    header = read_dataset(path, specific_tags=TAGS, defer_size=DEFER)
     guessed = ExplicitVRLittleEndian if header.original_encoding[1] else ExplicitVRBigEndian
     return header, header.file_meta.get("TransferSyntaxUID") or guessed, size
 
@@ -173,10 +175,11 @@ def parse_form(path, tags):
     if slope == 0:
         raise BadFile(f"{path}: RescaleSlope 0")
     allocated, bits = int(tags.BitsAllocated), int(tags.get("BitsStored", tags.BitsAllocated))
-    high_bit = int(tags.get("HighBit", bits - 1))
-    if allocated not in (8, 16, 32) or not 0 < bits <= high_bit + 1 <= allocated:
-        raise BadFile(f"{path}: DICOM pixels of {bits} bits up to bit {high_bit} of {allocated}")
-    dtype = np.dtype(f"{'i' if tags.get('PixelRepresentation') else 'u'}{allocated // 8}")
+    high_bit, signed = int(tags.get("HighBit", bits - 1)), tags.get("PixelRepresentation") or 0
+    if allocated not in (8, 16, 32) or not 0 < bits <= high_bit + 1 <= allocated or signed not in (0, 1):
+        raise BadFile(f"{path}: DICOM pixels of {bits} bits up to bit {high_bit} of {allocated}, "
+                      f"PixelRepresentation {signed}")
+    dtype = np.dtype(f"{'ui'[signed]}{allocated // 8}")
     return Form(
         series=str(tags.SeriesInstanceUID), modality=str(tags.get("Modality") or ""),
         localizer="LOCALIZER" in f"{tags.get('ImageType')} {tags.get('FrameType')}",
@@ -185,14 +188,6 @@ def parse_form(path, tags):
         slope=slope, intercept=number_of(tags, "RescaleIntercept", 0), lut=LUT in tags,
         dtype=dtype, bits=bits, high_bit=high_bit, dark_is_high=photometric == "MONOCHROME1",
         padding=padding_of(tags, dtype))
-
-
-def number_of(tags, name, default):
-    """A tag's finite number, or the default where there is none or it is empty.  Raises ValueError."""
-    value = float(default if tags.get(name) in (None, "") else tags.get(name))
-    if not math.isfinite(value):
-        raise ValueError(f"{name} {value}")
-    return value
 
 
 def padding_of(tags, dtype):
@@ -220,15 +215,15 @@ def position_of(path, tags):
 def pixel_offsets(path, header, syntax, size, form, count):
     """For each of ``count`` frames where its pixels begin in the file, or None where a decoder is needed.
 
-    Raises BadFile when uncompressed pixels are fewer than the header claims.
+    Raises BadFile when uncompressed pixels are fewer than the header claims, or more by a frame.
     """
     if syntax.is_private or syntax.is_compressed or syntax.is_deflated:
         return [None] * count
     pixels = header.get_item(PIXELS, keep_deferred=True)
     frame = math.prod(form.geometry[:2]) * form.dtype.itemsize
-    there = min(pixels.length, size - pixels.value_tell)
-    if there < count * frame:
-        raise BadFile(f"{path}: cut short: {there} bytes of pixels where {count * frame} are due")
+    there, due = min(pixels.length, size - pixels.value_tell), count * frame
+    if not due <= there < due + frame:
+        raise BadFile(f"{path}: {'cut short: ' * (there < due)}{there} bytes of pixels where {due} are due")
     if syntax not in PLAIN or form.dtype.itemsize != 2:
         return [None] * count
     return [pixels.value_tell + number * frame for number in range(count)]
@@ -242,7 +237,7 @@ def read_stored(frames):
             return [read_plain(frame).reshape(shape) for frame in frames]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            dataset = pydicom.dcmread(path, force=True)
+            dataset = read_dataset(path)
             return [stored_pixels(dataset, frame.number).reshape(shape) for frame in frames]
     except DAMAGED_DICOM as error:
         raise BadFile(f"{path}: DICOM file that cannot be decoded ({one_line(error)})") from error

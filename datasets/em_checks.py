@@ -19,8 +19,8 @@ from utils.config import BadFile
 
 # What the libraries raise on damaged files, found by cutting files short and flipping their bits.
 DAMAGED = (OSError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError, RuntimeError,
-           ArithmeticError, ImportError, SyntaxError, ParseError, struct.error, zlib.error, HeaderDataError,
-           ImageFileError, WrapStructError, Image.DecompressionBombError)
+           ArithmeticError, AssertionError, ImportError, SyntaxError, ParseError, struct.error, zlib.error,
+           HeaderDataError, ImageFileError, WrapStructError, Image.DecompressionBombError)
 LOGGERS = (tifffile.logger(), nibabel_logger)
 LARGE = 2 ** 30                                      # bytes that a file may declare without holding them
 MOST = 10_000                                        # times that a larger volume is compressed at most

@@ -130,8 +130,8 @@ def open_volume(path, key=None):
     damaged, or the array not a volume of numbers.
     """
     path = Path(path)
-    kind = kind_of(path)
     with readable(path):
+        kind = kind_of(path)
         if kind in ("hdf5", "zarr"):
             return Volume(path, *{"hdf5": open_hdf5, "zarr": open_zarr}[kind](path, key))
         if key:

@@ -6,6 +6,7 @@ import io
 import math
 import struct
 import zlib
+from contextlib import suppress
 from functools import partial
 
 import nibabel as nib
@@ -93,20 +94,26 @@ class GzipReader:
     A gzip stream can only be followed from its beginning.  So the state of the decompressor (about 45 kB: a
     window of 32 kB and its tables) is kept every PLACE_EVERY bytes of content, or every 256th part of what
     has been read, as Adler's zran does; the next read goes on from the last such place before it, or from
-    where the last read ended.  Places become known as reading reaches them, in each process for itself.
+    where the last read ended.  The checksum of all content stands at its end, so the whole file is followed
+    once when it is opened, in each process for itself: zlib.error or EOFError where it is damaged.
     """
 
     def __init__(self, path):
         self.file = open(path, "rb")
-        self.position, self.rest, self.state = 0, b"", zlib.decompressobj(31)
+        self.position, self.rest, self.state, self.ended = 0, b"", zlib.decompressobj(31), False
         self.places = [(0, 0, self.state.copy())]    # (bytes of content, bytes of the file, state there)
+        with suppress(EOFError):
+            while True:
+                self.inflate(16 * READ)
+        if not self.ended:
+            raise EOFError("the compressed data end early")
 
     def read(self, start, size):
         """``size`` bytes of content from ``start``.  EOFError where they end, zlib.error where damaged."""
         found = bisect.bisect_right(self.places, start, key=lambda place: place[0]) - 1
         if not self.places[found][0] <= self.position <= start:
             self.position, at, state = self.places[found]
-            self.state, self.rest = state.copy(), b""
+            self.state, self.rest, self.ended = state.copy(), b"", False
             self.file.seek(at)
         while self.position < start:
             self.inflate(start - self.position)
@@ -122,9 +129,13 @@ class GzipReader:
             data = self.rest or self.file.read(READ)
             if not data:
                 raise EOFError("the compressed data end early")
-            content = self.state.decompress(data, min(most, 16 * READ))
+            if self.ended:                           # several streams, one behind the other, or zeros to fill
+                data = data.lstrip(b"\0")            # the blocks of a tape
+            if data:
+                content = self.state.decompress(data, min(most, 16 * READ))
+                self.ended = self.state.eof
             self.rest = self.state.unconsumed_tail
-            if self.state.eof:                       # files may hold several streams, one behind the other
+            if self.ended:
                 self.rest, self.state = self.state.unused_data, zlib.decompressobj(31)
         self.position += len(content)
         if self.position - self.places[-1][0] >= max(PLACE_EVERY, self.position // 256):

@@ -116,7 +116,7 @@ def read_row(folder, row):
 def open_cell(folder, cell):
     """The Volume that a cell "path" or "path:key" names."""
     path, colon, key = cell.rpartition(":")
-    if not colon or (folder / cell).exists():
+    if not colon or os.path.exists(folder / cell):
         path, key = cell, None
     return open_volume(folder / path, key)
 
@@ -143,7 +143,7 @@ def sections_of(cell, depth):
     first, _, end = cell.partition(":")
     if not cell:
         return 0, depth
-    if not (first.isdecimal() and end.isdecimal()) or not int(first) < int(end) <= depth:
+    if not (first.isdecimal() and end.isdecimal() and len(cell) < 20) or not int(first) < int(end) <= depth:
         raise UserError(f'sections "{cell}": must be like 0:{depth}; there are {depth} sections')
     return int(first), int(end)
 

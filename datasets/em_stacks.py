@@ -4,6 +4,7 @@ Each open_* returns (shape [D, H, W], dtype, (spacing_nm, note), opener).  ``ope
 read by three slices, in this or any other process; openers can be pickled, what they open cannot.
 """
 
+import math
 import os
 import re
 import struct
@@ -13,12 +14,15 @@ import numpy as np
 import tifffile
 from PIL import Image
 
-from datasets.em_checks import check_array, readable
+from datasets.em_checks import MOST, check_array, readable
 from datasets.em_spacing import tiff_spacing
+from datasets.picture_claims import check_claim
 from utils.config import BadFile
 
 IMAGE_SUFFIXES = (".tif", ".tiff", ".png")
 PNG_TYPES = {"1": np.uint8, "L": np.uint8, "P": np.uint8, "I;16": np.uint16, "I": np.int32}
+FIRST = 8                                            # bytes of a TIFF's header
+FREE = 2 ** 24                                       # bytes that a page may unpack to, of whatever size
 CHANNELS = 7                                         # that ImageJ shows; tifffile names sections so, too
 
 
@@ -60,8 +64,7 @@ def open_tiff(path):
         check_array(path, shape, dtype, size)
         spacing = tiff_spacing(path, tif)
         if series.dataoffset is not None:
-            if series.dataoffset + series.nbytes > size:
-                raise BadFile(f"{path}: truncated TIFF file")
+            check_piece(path, tif, series, size)
             stored = dtype.newbyteorder(tif.byteorder)
             return shape, dtype, spacing, partial(map_file, path, stored, series.dataoffset, shape)
         check_pages(path, tif, series, size)
@@ -86,6 +89,15 @@ def one_series(path, tif):
     return series
 
 
+def check_piece(path, tif, series, size):
+    """BadFile unless the pixels of a series lie in one piece behind the header, as its last page says too."""
+    end = series.dataoffset + series.nbytes
+    if not FIRST <= series.dataoffset or end > size:
+        raise BadFile(f"{path}: truncated TIFF file")
+    if len(tif.pages) > 1 and tif.pages[-1].dataoffsets[0] + tif.pages[-1].nbytes != end:
+        raise BadFile(f"{path}: damaged TIFF file: its first and last page do not lie in one piece")
+
+
 def check_pages(path, tif, series, size):
     """BadFile unless every page of a series is there whole, and its compression is known."""
     pages = series.pages
@@ -96,12 +108,16 @@ def check_pages(path, tif, series, size):
         raise BadFile(f"{path}: {compression.name} compression needs the package imagecodecs; install it, or "
                       "save the stack uncompressed or as deflate (zip)") from error
     whole = len(pages) == series.shape[0] and not series.is_multifile
-    for page in pages:
-        whole = whole and page is not None and len(page.databytecounts) == len(page.dataoffsets) > 0 and all(
-            0 < count and offset + count <= size
-            for offset, count in zip(page.dataoffsets, page.databytecounts, strict=True))
-    if not whole:
+    if not whole or not all(page is not None and is_whole(page, size) for page in pages):
         raise BadFile(f"{path}: truncated TIFF file, or pages that lie in other files")
+
+
+def is_whole(page, size):
+    """Whether all strips or tiles of a page lie within the ``size`` bytes of its file, and can hold it."""
+    places, counts = page.dataoffsets, page.databytecounts
+    return (len(places) == len(counts) == math.prod(page.chunked)
+            and all(0 < count and place + count <= size for place, count in zip(places, counts, strict=True))
+            and page.nbytes <= max(FREE, MOST * sum(counts)))
 
 
 def next_page(tif):
@@ -158,8 +174,11 @@ def image_form(file):
                 if len(tif.pages) != 1 or page.ndim != 2:
                     raise BadFile(f"{file}: {len(tif.pages)} pages of shape {page.shape} where one grey "
                                   "image is due")
+                if not is_whole(page, file.stat().st_size):
+                    raise BadFile(f"{file}: truncated TIFF file")
                 return page.shape, page.dtype
         with Image.open(file, formats=("PNG",)) as image:
+            check_claim(file, image, file.stat().st_size)
             grey = image.mode in PNG_TYPES
             if image.mode == "P":                    # ImageJ writes grey as a palette of greys
                 palette = image.getpalette("RGB")
@@ -174,6 +193,7 @@ def open_images(files, shape, dtype):
     def read(z):
         with readable(files[z]):
             if files[z].suffix.lower() == ".png":
+                Image.open(files[z], formats=("PNG",)).verify()        # checksums, not checked on reading
                 with Image.open(files[z], formats=("PNG",)) as image:
                     return np.asarray(image)
             with tifffile.TiffFile(files[z]) as tif:

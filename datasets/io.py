@@ -5,6 +5,7 @@ A file that cannot be used raises BadFile: one line that begins with its path.
 """
 
 import io
+import logging
 import math
 import os
 import struct
@@ -19,29 +20,28 @@ import torch
 import torch.nn.functional as F
 from isal import igzip, igzip_lib, isal_zlib
 from nibabel.filebasedimages import ImageFileError
-from nibabel.imageglobals import LoggingOutputSuppressor
 from nibabel.spatialimages import HeaderDataError
 from nibabel.wrapstruct import WrapStructError
 from PIL import Image
 from pydicom.errors import BytesLengthException, InvalidDicomError
 from pydicom.misc import is_dicom
-from pydicom.uid import JPEG2000, JPEG2000Lossless, JPEGBaseline8Bit
 
+from datasets.dicom_pixels import stored_pixels
+from datasets.picture_claims import check_claim
 from utils.config import BadFile, UserError
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
 DICOM_SUFFIXES = (".dcm", ".dicom")
 FORMATS = ("PNG", "JPEG", "TIFF")
-# Pillow comes first where it can decode: GDCM ends the whole process on some damaged JPEG streams.
-PILLOW_SYNTAXES = (JPEGBaseline8Bit, JPEG2000, JPEG2000Lossless)
 # What each library raises on damaged files, found by cutting files short and flipping their bits.
-DAMAGED_NIFTI = (OSError, EOFError, ValueError, zlib.error, igzip_lib.IsalError, HeaderDataError,
-                 ImageFileError, WrapStructError)
+DAMAGED_NIFTI = (OSError, EOFError, ValueError, OverflowError, zlib.error, igzip_lib.IsalError,
+                 HeaderDataError, ImageFileError, WrapStructError)
 DAMAGED_PICTURE = (OSError, EOFError, ValueError, TypeError, SyntaxError, struct.error,
                    Image.DecompressionBombError)
 DAMAGED_DICOM = (OSError, EOFError, ValueError, TypeError, AttributeError, RuntimeError,
                  struct.error, zlib.error, BytesLengthException, InvalidDicomError)
 SUFFIXES = (".nii", ".nii.gz", *PICTURE_SUFFIXES, *DICOM_SUFFIXES)
+SILENT = logging.Logger("what nibabel mends", logging.CRITICAL + 1)
 
 
 def read_image(path):
@@ -111,10 +111,11 @@ def open_nifti(path, data):
         raw = gunzip(data) if data[:2] == b"\x1f\x8b" else data
         version_2 = raw[:4] in (struct.pack("<i", 540), struct.pack(">i", 540))
         version = nib.Nifti2Header if version_2 else nib.Nifti1Header
-        with LoggingOutputSuppressor(), warnings.catch_warnings():
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            spacing = version.from_fileobj(io.BytesIO(raw), check=False)["pixdim"][1:4]
-            header = version.from_fileobj(io.BytesIO(raw))
+            header = version.from_fileobj(io.BytesIO(raw), check=False)
+            spacing = header["pixdim"][1:4].copy()             # before nibabel mends sizes of 0 to 1
+            header.check_fix(SILENT)
         check_nifti_header(path, header, len(raw))
         shape, offset = tuple(map(int, header.get_data_shape())), int(header.get_data_offset())
         voxels = np.frombuffer(raw, header.get_data_dtype(), math.prod(shape), offset)
@@ -166,6 +167,7 @@ def decode_picture(path, data):
     try:
         Image.open(io.BytesIO(data), formats=FORMATS).verify()      # PNG checksums, not checked on reading
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            check_claim(path, image, len(data))
             if image.format == "TIFF" and image.n_frames > 1:
                 raise BadFile(f"{path}: {image.n_frames} pages where one image is due")
             grey = image.mode in ("L", "F") or image.mode.startswith("I")
@@ -195,15 +197,10 @@ def decode_dicom(path, data):
         raise BadFile(f"{path}: DICOM file that cannot be decoded ({one_line(error)})") from error
 
 
-def stored_pixels(dataset, frame=None):
-    """The stored numbers of a DICOM dataset, as pydicom gives them; frame: the number of one of several."""
-    plugin = "pillow" if dataset.file_meta.get("TransferSyntaxUID") in PILLOW_SYNTAXES else ""
-    return pydicom.pixels.pixel_array(dataset, index=frame, decoding_plugin=plugin)
-
-
 def one_line(error):
     """A library's message on one line of at most 200 characters, or its type when there is none."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    text = "".join(letter if letter.isprintable() else " " for letter in str(error))
+    return " ".join(text.split())[:200] or type(error).__name__
 
 
 def image_files(folder):

@@ -142,8 +142,8 @@ def number_in(cell):
 
 
 def is_whole(cell):
-    """Whether a text is a whole number without a point."""
-    return cell.removeprefix("-").isdecimal()
+    """Whether a text is a whole number without a point, of a length that numbers of classes have."""
+    return cell.removeprefix("-").isdecimal() and len(cell) < 20
 
 
 def sorted_classes(classes, path):

@@ -21,7 +21,9 @@ from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from datasets.io import image_files, write_nifti
+from datasets.splits import read_table
 from utils.config import BadFile, UserError
+from utils.files import claim, is_taken, replacing
 
 SETTINGS_FILE = "pairs.json"                         # in the output folder: what all its cases were made with
 UNFINISHED = ".making-"                              # prefix of a folder that is being written
@@ -63,13 +65,10 @@ def patient_of(path, data):
 
 def read_patients(csv_path, data):
     """{absolute path: patient} of a CSV with the columns path and patient.  Raises UserError without them."""
-    if not Path(csv_path).is_file():
-        raise UserError(f"{csv_path}: no such file")
-    with open(csv_path, newline="", encoding="utf-8-sig") as file:
-        rows = csv.DictReader(file)
-        if not {"path", "patient"} <= set(rows.fieldnames or []):
-            raise UserError(f"{csv_path}: needs the columns path and patient")
-        return {(data / row["path"]).resolve(): row["patient"] for row in rows}
+    rows = read_table(csv_path, "--patients")
+    if not rows or not {"path", "patient"} <= rows[0][1].keys():
+        raise UserError(f"--patients {csv_path}: needs rows, and the columns path and patient")
+    return {(data / row["path"]).resolve(): row["patient"] for _, row in rows}
 
 
 def bare_name(path):
@@ -134,12 +133,11 @@ def claim_folder(output, settings):
         if other:
             raise UserError(f"{output}: its pairs were made with another {', '.join(other)}; "
                             f"choose another --output or delete that folder")
-    elif output.exists() and (not output.is_dir() or any(output.iterdir())):
+    elif is_taken(output):
         raise UserError(f"{output}: holds other things (no {SETTINGS_FILE} in it); choose another --output")
-    output.mkdir(parents=True, exist_ok=True)
-    temporary = output / f"{SETTINGS_FILE}.tmp"
-    temporary.write_text(json.dumps(settings, indent=2))
-    os.replace(temporary, file)
+    claim(output, "wait for its end")
+    with replacing(file, "w") as out:
+        json.dump(settings, out, indent=2)
     for folder in output.glob(f"{UNFINISHED}*"):
         shutil.rmtree(folder)
 

@@ -14,7 +14,9 @@ import torch
 from PIL import Image, ImageOps
 
 from datasets.em_checks import check_array, readable
+from datasets.em_stacks import is_whole, next_page
 from datasets.io import one_line
+from datasets.picture_claims import check_claim
 from utils.config import BadFile
 
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp", ".gif")
@@ -51,6 +53,7 @@ def check_picture(path, image):
     if min(width, height) < LEAST_SIDE or max(width, height) > MOST_ASPECT * min(width, height):
         raise BadFile(f"{path}: {width} x {height} pixels are no photograph; sides of {LEAST_SIDE} at least, "
                       f"one at most {MOST_ASPECT} times the other")
+    check_claim(path, image, Path(path).stat().st_size)
     if image.format == "TIFF" and image.n_frames > 1:
         raise BadFile(f"{path}: {image.n_frames} pages where one photograph is due; an image of many "
                       "channels is taken as the spectral file of a photograph")
@@ -101,9 +104,13 @@ def stored_cube(path, channels):
             check_bands(path, cube, channels, stored)
             return cube
         with tifffile.TiffFile(path) as file:
+            if len(file.series) != 1 or next_page(file):
+                raise BadFile(f"{path}: truncated TIFF file, or bands of different size or type")
             check_bands(path, file.series[0], channels, stored)
+            if not all(page is not None and is_whole(page, stored) for page in file.pages):
+                raise BadFile(f"{path}: truncated TIFF file")
             return file.series[0].asarray()
-    except (TokenError, AssertionError) as error:    # of numpy and tifffile, where a header is damaged
+    except TokenError as error:                      # of numpy, where a header is damaged
         raise BadFile(f"{path}: cannot be read ({one_line(error)})") from error
 
 
@@ -111,6 +118,6 @@ def check_bands(path, array, channels, stored):
     """BadFile unless the array, of which only shape and dtype are looked at, is a cube of so many bands."""
     shape = (1, *array.shape) if len(array.shape) == 2 else array.shape
     check_array(path, shape, array.dtype, stored)
-    if channels not in (shape[0], shape[2]):
+    if channels not in (shape[0], shape[2] if len(array.shape) == 3 else 1):
         raise BadFile(f"{path}: {' x '.join(map(str, array.shape))} values, neither the first nor the last "
                       f"axis of HVIT_SPECTRAL_CHANNELS = {channels} bands")

@@ -1,5 +1,6 @@
 """Photographs with their classes, from folders or a CSV file, as squares of one size."""
 
+import os
 from collections import Counter
 from dataclasses import dataclass
 from itertools import chain
@@ -128,7 +129,7 @@ def read_photo_table(path):
         if split and split not in SPLIT_WORDS:
             raise UserError(f'--data {path}, line {line}: split "{split}" is not one of train, val, test')
         files = {key: path.parent / row[key] for key in ("path", "spectral") if row.get(key)}
-        missing = [file for file in files.values() if not file.is_file()]
+        missing = [file for file in files.values() if not os.path.isfile(file)]    # or too long a name
         if missing:
             raise UserError(f"--data {path}, line {line}: {missing[0]}: no such file")
         name = Path(row["path"]).as_posix()

@@ -8,54 +8,6 @@ from utils.config import BadFile, UserError
 ON_BAD_FILE = ("stop", "skip")
 
 
-class ShardedSampler:
-    """Indices 0 .. length - 1, shared between ``world_size`` ranks: rank r takes every world_size-th of them.
-
-    The order depends on (seed, epoch) alone, so that a resumed run reads what the first run would have read.
-    pad True: all ranks get the same number, the first indices of the order being read again at the end, for
-    collectives need every rank.  pad False: each index once over all ranks, whose shares may differ by one.
-    weights [length], positive: draw with replacement, an index as often as its share of the weights says.
-    Raises UserError for an empty data set.
-    """
-
-    def __init__(self, length, shuffle, seed, rank, world_size, pad=True, weights=None):
-        if length < 1:
-            raise UserError("no samples to read; check --data and the split fractions")
-        self.length, self.shuffle, self.seed = length, shuffle, seed
-        self.rank, self.world_size, self.pad = rank, world_size, pad
-        self.shares = None if weights is None else np.asarray(weights, np.float64)
-        self.epoch, self.skip = 0, 0
-
-    def set_position(self, epoch, start_batch=0, batch_size=1):
-        """Read ``epoch`` from batch ``start_batch`` on, in batches of ``batch_size`` samples of this rank."""
-        self.epoch, self.skip = epoch, start_batch * batch_size
-
-    def __iter__(self):
-        order, generator = np.arange(self.length), np.random.default_rng([self.seed, self.epoch])
-        if self.shares is not None:
-            order = generator.choice(self.length, self.length, p=self.shares / self.shares.sum())
-        elif self.shuffle:
-            order = generator.permutation(self.length)
-        if self.pad:
-            order = np.resize(order, -(-self.length // self.world_size) * self.world_size)   # wraps around
-        return iter(order[self.rank::self.world_size][self.skip:].tolist())
-
-    def __len__(self):
-        """Samples of this rank in a whole epoch, also after set_position: schedules count whole epochs."""
-        if self.pad:
-            return -(-self.length // self.world_size)
-        return len(range(self.rank, self.length, self.world_size))
-
-
-def count_real(batch, batch_size, length, rank, world_size):
-    """How many samples of batch number ``batch`` are no repeats, in a padded order of ``length`` samples.
-
-    The repeats stand at the end of this rank's share, hence at the end of the batch.
-    """
-    share = len(range(rank, length, world_size))
-    return min(max(share - batch * batch_size, 0), batch_size)
-
-
 class StudyAwareBatchSampler:
     """Batches of whole studies: ``batch_size`` counts images, and a study is never divided.
 
@@ -73,11 +25,7 @@ class StudyAwareBatchSampler:
             raise UserError(f"a batch of {batch_size} images: must be 1 at least")
         self.groups, self.batch_size, self.shuffle, self.seed = groups, batch_size, shuffle, seed
         self.rank, self.world_size = rank, world_size
-        self.set_epoch(0)
-
-    def set_epoch(self, epoch):
-        """Read ``epoch`` from its first batch on."""
-        self.set_position(epoch)
+        self.set_position(0)
 
     def set_position(self, epoch, start_batch=0):
         """Read ``epoch`` from this rank's batch ``start_batch`` on."""
@@ -118,40 +66,52 @@ class StudyAwareBatchSampler:
 
 
 class ItemBatchSampler:
-    """Batches of single items in ShardedSampler's padded order: on all ranks equally many and equally long.
+    """Batches of single items, on all ranks equally many and equally long, so that a loss can gather them.
 
-    So a loss can gather them over the ranks.  Arguments: of ShardedSampler.
-    For DataLoader(batch_sampler=...).  UserError: no items, or a batch size below 1.
+    Rank r takes every world_size-th of the items 0 .. length - 1 from the r-th on; the first of the order are
+    read again at the end.  The order depends on (seed, epoch) alone, so that a resumed run reads what the
+    first run would have read.  weights [length], positive: draw with replacement, an item as often as its
+    share of the weights says.  For DataLoader(batch_sampler=...).  UserError: no items, or a batch size
+    below 1.
     """
 
     def __init__(self, length, batch_size, shuffle, seed, rank, world_size, weights=None):
+        if length < 1:
+            raise UserError("no samples to read; check --data and the split fractions")
         if batch_size < 1:
             raise UserError(f"a batch of {batch_size} images: must be 1 at least")
-        self.order = ShardedSampler(length, shuffle, seed, rank, world_size, weights=weights)
-        self.batch_size, self.start_batch = batch_size, 0
+        self.items, self.batch_size, self.shuffle, self.seed = length, batch_size, shuffle, seed
+        self.rank, self.world_size = rank, world_size
+        self.shares = None if weights is None else np.asarray(weights, np.float64)
+        self.set_position(0)
 
     def set_position(self, epoch, start_batch=0):
         """Read ``epoch`` from this rank's batch ``start_batch`` on."""
-        self.start_batch = start_batch
-        self.order.set_position(epoch, start_batch, self.batch_size)
+        self.epoch, self.start_batch = epoch, start_batch
 
     def __iter__(self):
-        indices = list(self.order)
-        yield from (indices[start:start + self.batch_size]
-                    for start in range(0, len(indices), self.batch_size))
+        order, generator = np.arange(self.items), np.random.default_rng([self.seed, self.epoch])
+        if self.shares is not None:
+            order = generator.choice(self.items, self.items, p=self.shares / self.shares.sum())
+        elif self.shuffle:
+            order = generator.permutation(self.items)
+        padded = np.resize(order, -(-self.items // self.world_size) * self.world_size)       # wraps around
+        own = padded[self.rank::self.world_size].tolist()
+        for start in range(self.start_batch * self.batch_size, len(own), self.batch_size):
+            yield own[start:start + self.batch_size]
 
     def length(self, epoch):
         """Batches of a rank in a whole epoch, the same for all ranks and epochs."""
-        return len(self)
+        return -(-self.items // (self.world_size * self.batch_size))
 
     def __len__(self):
-        """Batches of this rank in a whole epoch, also after set_position."""
-        return -(-len(self.order) // self.batch_size)
+        """As ``length``, also after set_position: schedules count whole epochs."""
+        return self.length(self.epoch)
 
     def real(self, batch):
         """Items of this rank's batch number ``batch`` that are no repeats; these stand at its end."""
-        order = self.order
-        return count_real(batch, self.batch_size, order.length, order.rank, order.world_size)
+        share = len(range(self.rank, self.items, self.world_size))
+        return min(max(share - batch * self.batch_size, 0), self.batch_size)
 
 
 def item_generator(seed, epoch, index):

@@ -244,7 +244,7 @@ def split_in(stem):
 @lru_cache(maxsize=4096)
 def names_in(folder):
     """The names in a folder: asking for a million files one by one takes minutes."""
-    return frozenset(path.name for path in folder.iterdir()) if folder.is_dir() else frozenset()
+    return frozenset(path.name for path in folder.iterdir()) if os.path.isdir(folder) else frozenset()
 
 
 def read_csv(data):
@@ -255,7 +255,7 @@ def read_csv(data):
         raise UserError(f"--data {data}: needs rows and a column path (or filename); columns are {COLUMNS}")
     published, rows = "path" not in names, []
     base = data.parent
-    if published and not (base / table[0][1]["filename"]).exists():
+    if published and not os.path.exists(base / table[0][1]["filename"]):
         base = base.parent                           # the lists may lie in the folder that they name
     names_in.cache_clear()
     for line, row in table:
@@ -270,7 +270,7 @@ def read_csv(data):
         if missing:
             raise UserError(f"{where}: {missing}: no such file")
         index = row.get("index", "")
-        if index and not index.isdigit():
+        if index and not (index.isdecimal() and len(index) < 10):
             raise UserError(f'{where}: index "{index}" is not the number of a slice, from 0')
         entry, uid = Entry(files[0], Path(word).as_posix()), row.get("series", "")
         patient = row.get("patient") or (stem_of(entry.name) if published else patient_of(entry, ()))

@@ -10,6 +10,7 @@ from PIL import Image
 
 from datasets.em_checks import readable
 from datasets.io import FORMATS
+from datasets.picture_claims import check_claim
 from datasets.slice_series import COLOUR, files_of
 from datasets.volumes import read_nifti
 from utils.config import BadFile
@@ -68,6 +69,8 @@ def onto(path, values, affine, like):
 def mask_picture(path):
     """The numbers [H, W] in a picture.  Raises BadFile for a damaged or coloured one."""
     with readable(path), Image.open(path, formats=FORMATS) as image:
+        check_claim(path, image, path.stat().st_size)
+        Image.open(path, formats=FORMATS).verify()             # checksums of PNG, not checked on reading
         if image.mode in ("P", "L", "1") or image.mode.startswith("I"):
             return np.asarray(image)
         pixels = np.asarray(image.convert("RGB"), np.int16)

@@ -14,15 +14,14 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
-import pydicom
 from isal import igzip
-from nibabel.orientations import io_orientation
 from PIL import Image
-from pydicom.errors import InvalidDicomError
 from pydicom.misc import is_dicom
 
+from datasets.dicom_files import read_dataset
 from datasets.em_checks import readable
-from datasets.io import DICOM_SUFFIXES, FORMATS, PICTURE_SUFFIXES, read_image
+from datasets.io import DAMAGED_DICOM, DICOM_SUFFIXES, FORMATS, PICTURE_SUFFIXES, read_image
+from datasets.picture_claims import check_claim
 from datasets.volumes import NIFTI_SUFFIXES, check_affine, check_image, read_dicom_series, read_nifti
 from utils.config import BadFile, UserError
 
@@ -149,10 +148,10 @@ def dicom_groups(files):
     for file in files:
         try:
             with readable(file):
-                tags = pydicom.dcmread(file, stop_before_pixels=True, force=True, specific_tags=HEADER)
+                tags = read_dataset(file, stop_before_pixels=True, specific_tags=HEADER)
                 uid, *words, rows, kind = (str(tags.get(name) or "") for name in HEADER)
                 grey = uid and rows and (kind or "MONOCHROME").startswith("MONOCHROME")
-        except (BadFile, InvalidDicomError):
+        except (BadFile, *DAMAGED_DICOM):
             grey = False
         if grey:
             groups.setdefault(uid, ("_".join(filter(None, words)), []))[1].append(file)
@@ -190,6 +189,7 @@ def natural(name):
 def look_at(path):
     """((rows, columns), whether it has coloured pixels) of a picture; pixels are read only where they may."""
     with readable(path), Image.open(path, formats=FORMATS) as image:
+        check_claim(path, image, path.stat().st_size)
         if image.mode in ("L", "LA", "1", "F") or image.mode.startswith("I"):
             return image.size[::-1], False
         pixels = np.asarray(image.convert("RGB"), np.int16)
@@ -232,7 +232,7 @@ def order_of(series, axis):
         if axis != "stored":
             raise UserError(f'{series.path}: pictures do not tell what is {axis}; cut them along "stored"')
         return (0, 1, 2), (1, 1, 1)
-    patient, signs = io_orientation(series.affine).astype(int).T.tolist()
+    patient, signs = nib.io_orientation(series.affine).astype(int).T.tolist()
     if axis == "stored":
         first, step = stored_axis(series), 1
     else:
@@ -245,7 +245,7 @@ def order_of(series, axis):
 def view_of(series, axis="stored"):
     """"sagittal" | "coronal" | "axial": what slices along ``axis`` show, nearest; None for pictures."""
     axes, _ = order_of(series, axis)
-    return AXES[int(io_orientation(series.affine)[axes[0], 0])] if series.placed else None
+    return AXES[int(nib.io_orientation(series.affine)[axes[0], 0])] if series.placed else None
 
 
 def turned(array, order):

@@ -2,12 +2,14 @@
 
 import csv
 import hashlib
+import re
 
 import numpy as np
 
 from utils.config import UserError
 
 SPLITS = ("train", "val", "test")
+CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
 def split_groups(names, val_fraction, test_fraction, csv, what, prefix=""):
@@ -76,13 +78,16 @@ def splits_from_csv(path, names, prefix=""):
 def read_table(path, constant):
     """Rows of a CSV file with a header: list of (line number, {column: text without blanks around it}).
 
+    Line breaks and other control characters within a cell come as \\n, \\x00 and so on: no name holds them,
+    and what is said of the cell stays one line.
     Raises UserError, naming ``constant``, the file and the line: no such file, two columns of one
-    name, or a row of another width.
+    name, a row of another width, or a quote that does not end.
     """
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.reader(file)
-            table = [(reader.line_num, [cell.strip() for cell in row]) for row in reader if any(row)]
+            reader = csv.reader(file, strict=True)
+            table = [(reader.line_num, [CONTROL.sub(escaped, cell.strip()) for cell in row])
+                     for row in reader if any(row)]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{constant} {path}: cannot be read ({error})") from error
     header = table[0][1] if table else []
@@ -92,3 +97,8 @@ def read_table(path, constant):
         if len(row) != len(header):
             raise UserError(f"{constant} {path}, line {line}: {len(row)} cells under {len(header)} columns")
     return [(line, dict(zip(header, row, strict=True))) for line, row in table[1:]]
+
+
+def escaped(match):
+    """A control character as one writes it in a program."""
+    return repr(match[0])[1:-1]

@@ -3,8 +3,8 @@
 import re
 
 import numpy as np
-import pydicom
 
+from datasets.dicom_files import read_dataset
 from datasets.splits import read_table
 from datasets.volumes import check_image, read_volume
 from utils.config import BadFile, UserError, closest
@@ -48,7 +48,7 @@ def vote_of(source, raw, look):
     """
     path = source.paths[0]
     if source.kind == "dicom":
-        header = pydicom.dcmread(path, stop_before_pixels=True, force=True, specific_tags=["Modality"])
+        header = read_dataset(path, stop_before_pixels=True, specific_tags=["Modality"])
         word = str(header.get("Modality") or "")
         mode = MODALITIES.get(word, word)
         if mode:

@@ -32,11 +32,6 @@ def untokenize(tokens, size):
     return blocks.reshape([n * t for n, t in zip(size, TOKEN, strict=True)])
 
 
-def grid_coords(size):
-    """Index (d, h, w) of every token of a grid of ``size`` tokens, int64 [N, 3], in the order of tokenize."""
-    return torch.cartesian_prod(*(torch.arange(int(n)) for n in size))
-
-
 def token_background(mask):
     """bool [N], True = background: tokens that hold any background voxel of mask, bool [D, H, W]."""
     d, h, w = grid_size(mask.shape)

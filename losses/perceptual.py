@@ -1,13 +1,11 @@
 """Perceptual and style losses on the features of a frozen VGG19 with batch norm."""
 
-import pickle
-from pathlib import Path
-
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torchvision.models import vgg19_bn
 
+from models.pretrained import read_tensors
 from utils.config import BadFile, UserError
 
 CUTS = (0, 3, 10, 17, 30, 43)          # block k is features[CUTS[k - 1]:CUTS[k]] and ends at relu{k}_1
@@ -16,34 +14,21 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 MAX_SIZE = 224                         # the size that the network was trained at
 
 
-def read_vgg(path):
-    """The state dict of torchvision's vgg19_bn, read from a local file: {"0.weight": ..., "1.weight": ...}.
+def build_blocks(path, last):
+    """The first `last` blocks of vgg19_bn with the weights of a file, frozen: nn.ModuleList.
 
-    With or without the classifier; keys may begin with "features.".  Raises UserError when no file
-    is given or it is missing, BadFile when it holds no tensors.
+    path: torchvision's state dict, with or without the classifier and the prefix "features.".  Raises
+    UserError when no file is given or it is missing, BadFile when it holds something else.
     """
     if not path:
         raise UserError("USE_PERC_STYLE needs trained features: set VGG_WEIGHTS=FILE in constants.py to "
                         "a local copy of torchvision's vgg19_bn-c79401a0.pth")
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; put torchvision's vgg19_bn-c79401a0.pth there, or set "
-                        "VGG_WEIGHTS in constants.py to where it is")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise BadFile(f"{path}: holds no tensors; VGG_WEIGHTS needs torchvision's vgg19_bn") from error
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise BadFile(f"{path}: not a state dict; VGG_WEIGHTS needs torchvision's vgg19_bn")
-    return {key.removeprefix("features."): value for key, value in state.items()}
-
-
-def build_blocks(path, last):
-    """The first `last` blocks of vgg19_bn with the weights of a file, frozen: nn.ModuleList."""
+    names = {name.removeprefix("features."): value
+             for name, value in read_tensors(path, "VGG_WEIGHTS").items()}
     with torch.device("meta"):                                   # no time for weights that are replaced below
         features = vgg19_bn(weights=None).features[:CUTS[last]]
-    state = {key: value for key, value in read_vgg(path).items()
-             if key.split(".")[0].isdigit() and int(key.split(".")[0]) < CUTS[last]}
+    state = {name: value for name, value in names.items()
+             if name.split(".")[0].isdigit() and int(name.split(".")[0]) < CUTS[last]}
     try:
         features.load_state_dict(state, assign=True)
     except RuntimeError as error:

@@ -105,7 +105,7 @@ def mask_loss(word, logits, masks, class_weights=None, dice_weight=0.5):
 
 
 def check_mask_loss(word, class_weights=None, num_classes=2, dice_weight=0.5):
-    """UserError where ``mask_loss`` would raise one; for scripts, before the data are read.
+    """UserError where there is no such loss of masks, or none that takes such weights.
 
     class_weights: None, or as many numbers as there are classes, the background among them.
     """

@@ -24,6 +24,8 @@ class EfficientNetScales(nn.Module):
     that are not there.  Tan & Le 2019, arXiv:1905.11946.
     """
 
+    left_out = ("features.8.",)                 # torchvision's last convolution, for its classifier
+
     def __init__(self, name, checkpoint_activations=False):
         super().__init__()
         if name not in EFFICIENTNETS:

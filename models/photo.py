@@ -9,10 +9,11 @@ from torch.utils.checkpoint import checkpoint
 from models.efficientnet import EFFICIENTNETS, keep_statistics, use_fast_layers
 from models.hvit import WIDTHS, HViT, check_images, check_rate
 from models.pretrained import fill, read_tensors
+from models.resnet import RESNETS
 from utils.config import UserError
 from utils.distributed import unwrap
 
-PHOTO_MODELS = (*(f"hvit_{size}" for size in WIDTHS), "resnet50", "swin_t",
+PHOTO_MODELS = (*(f"hvit_{size}" for size in WIDTHS), *RESNETS, "swin_t",
                 *(f"efficientnet_{name}" for name in EFFICIENTNETS))
 
 # The layers of torchvision's networks in the order in which they run: a stem, then four stages.
@@ -75,7 +76,7 @@ def build_photo_model(word, num_classes, drop_path=0.2, dropout=None, spectral_c
 
     Each has ``features(images, spectral=None)`` -> [B, E], ``dim`` = E, ``head`` and ``forward`` -> logits
     [B, C]; num_classes 0: no head, and ``forward`` gives the features, as pretraining needs them.
-    drop_path: rate of whole residual branches at the last block; resnet50 has none and ignores it.
+    drop_path: rate of whole residual branches at the last block; a ResNet has none and ignores it.
     dropout: of torchvision's swin_t (in its blocks) and efficientnet (before the head); None leaves their own
     rates, 0 and 0.2 to 0.5.  checkpoint_activations: less memory, more time.  The other options are those of
     the hierarchical ViT (models/hvit.py).
@@ -102,8 +103,8 @@ def build_photo_model(word, num_classes, drop_path=0.2, dropout=None, spectral_c
 
 def build_network(word, drop_path, **options):
     """torchvision's network of that name, the name of its classifier, and its layers in order."""
-    if word == "resnet50":
-        return torchvision.models.resnet50(weights=None, **options), "fc", RESNET
+    if word in RESNETS:
+        return getattr(torchvision.models, word)(weights=None, **options), "fc", RESNET
     if word == "swin_t":                                       # torchvision's function fixes the drop path
         return torchvision.models.SwinTransformer(
             [4, 4], 96, [2, 2, 6, 2], [3, 6, 12, 24], [7, 7], stochastic_depth_prob=drop_path,
@@ -114,8 +115,9 @@ def build_network(word, drop_path, **options):
 
 
 def load_torchvision_weights(model, path):
-    """Fill all but the head from a local state dict of torchvision's, such as resnet50-11ad3fa6.pth.
+    """Fill all but the head from local weights of torchvision's names, such as resnet50-11ad3fa6.pth.
 
+    Hugging Face's ResNet and EfficientNet and timm's have these names once they are read.
     Returns (matched, unmatched): names of the network that were filled, and names of the file that have no
     use here, its head.  Raises UserError for a missing file, the file of another network, and a hierarchical
     ViT, of which torchvision has none; BadFile for one that is not a state dict.

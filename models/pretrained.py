@@ -1,17 +1,17 @@
-"""Pretrained weights from local files: torchvision's EfficientNet, Hugging Face's ViT, DeiT and DINOv2."""
+"""Pretrained parts from local files that constants name: EfficientNets, and Hugging Face's ViT and DINOv2."""
 
 import json
 import math
-import pickle
 import re
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from utils.checkpoint import UNREADABLE
 from utils.config import BadFile, UserError
+from utils.foreign import deeper, familiar_names, fit, weights_file
 
 # Names of a layer's parts in files of Hugging Face's ViT (old), DINOv2 and DeiT -> those of models.vit
 PART_NAMES = {"attention.attention.query": "attention.q_proj", "attention.attention.key": "attention.k_proj",
@@ -23,17 +23,14 @@ SCALES = {"layer_scale1": "attention.o_proj", "layer_scale2": "mlp.fc2"}
 
 
 def load_efficientnet_weights(model, path):
-    """Fill model.encoder from a torchvision EfficientNet state dict; the colour stem is summed to one plane.
+    """Fill model.encoder from an EfficientNet of torchvision, Hugging Face or timm, colours summed to one.
 
-    Returns (matched, unmatched): names of the encoder that were filled, and names of the file that have
-    no use here.  Raises UserError for a missing file or another member of the family, BadFile for one
-    that is not a state dict.
+    path: a file or a Hugging Face folder.  Returns (matched, unmatched): names of the encoder that were
+    filled, and names of the file that have no use here.  Raises UserError for a missing file or another
+    member of the family, BadFile for one that is not a state dict.
     """
-    state = read_tensors(path, "EFFICIENTNET_WEIGHTS")
-    stem = "features.0.0.weight"
-    if stem in state:
-        state[stem] = state[stem].sum(1, keepdim=True)
-    return fill(model.encoder, state, path, "EFFICIENTNET_WEIGHTS", "EFFICIENTNET")
+    return fill(model.encoder, read_tensors(path, "EFFICIENTNET_WEIGHTS"), path, "EFFICIENTNET_WEIGHTS",
+                "EFFICIENTNET")
 
 
 def load_vit_weights(model, path):
@@ -44,11 +41,8 @@ def load_vit_weights(model, path):
     resized (bicubic).  The patch embedding stays as it is: ours reads features.  Returns and raises as
     load_efficientnet_weights does; UserError also for SwiGLU layers and activations other than GELU.
     """
-    path = Path(path)
-    if path.is_dir():
-        check_config(path / "config.json")
-        found = [path / name for name in ("model.safetensors", "pytorch_model.bin") if (path / name).exists()]
-        path = found[0] if found else path / "model.safetensors"
+    if Path(path).is_dir():
+        check_config(Path(path) / "config.json")
     state = read_tensors(path, "VIT_WEIGHTS")
     if any("swiglu" in key.lower() or ".mlp.weights_in." in key or ".mlp.gate_proj." in key for key in state):
         raise UserError(f"{path}: SwiGLU layers do not fit; set VIT_WEIGHTS to a model with GELU layers")
@@ -95,30 +89,39 @@ def resize_position(position, side):
 
 
 def read_tensors(path, constant):
-    """The state dict in a .safetensors file or a torch file (weights only)."""
-    path = Path(path)
+    """The state dict in a .safetensors file, a torch file (weights only) or a Hugging Face folder.
+
+    Layouts of other libraries have torchvision's names (utils.foreign).
+    """
+    path = weights_file(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file; put the weights there or change {constant} in constants.py")
     try:
         state = load_file(path) if path.suffix == ".safetensors" else torch.load(
             path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except UNREADABLE as error:
         raise BadFile(f"{path}: not a file of tensors; change {constant} in constants.py") from error
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise BadFile(f"{path}: not a dict of tensors; change {constant} in constants.py")
-    return state
+        raise BadFile(f"{path}: not a dict of tensors; change {constant} in constants.py, or start from a "
+                      "run's checkpoint with --init")
+    return familiar_names(state)
 
 
 def fill(module, state, path, constant, size_constant, keep=()):
     """Copy into ``module`` what it has in ``state``: all of it but ``keep`` must be there, in its shape."""
     own = module.state_dict()
     wanted = [name for name in own if name not in keep and not name.endswith("num_batches_tracked")]
+    found = {}
     for name in wanted:
         if name not in state:
             raise UserError(f"{path}: has no {name}; {constant} must be the model that {size_constant} names")
-        if state[name].shape != own[name].shape:
+        found[name] = fit(state[name], own[name].shape)
+        if found[name] is None:
             shapes = f"{list(state[name].shape)}, the model's is {list(own[name].shape)}"
             raise UserError(f"{path}: {name} is {shapes}; "
                             f"make {size_constant} and {constant} agree in constants.py")
-    module.load_state_dict({name: state[name] for name in wanted}, strict=False)
+    if name := deeper(module, state):
+        raise UserError(f"{path}: has {name}, which the network has not; {constant} must be the model that "
+                        f"{size_constant} names")
+    module.load_state_dict(found, strict=False)
     return wanted, [name for name in state if name not in wanted]

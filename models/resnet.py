@@ -1,7 +1,5 @@
 """ResNets for slices: torchvision's layers on one grey channel, their maps, pretrained weights."""
 
-import re
-
 import torch
 import torch.nn as nn
 import torchvision.models
@@ -9,10 +7,9 @@ import torchvision.models
 from models.efficientnet import GREY_MEAN, GREY_STD, SpatialMean, run
 from models.pretrained import fill, read_tensors
 from utils.config import UserError
+from utils.foreign import RESNET_LAYERS
 
 RESNETS = ("resnet18", "resnet34", "resnet50")
-# torchvision's layers in their order; RadImageNet's files give numbers for names.
-LAYERS = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4")
 
 
 class SliceResNet(nn.Module):
@@ -31,7 +28,7 @@ class SliceResNet(nn.Module):
         if word not in RESNETS:
             raise UserError(f'the ResNet is "{word}"; set it to one of {", ".join(RESNETS)} in constants.py')
         network = getattr(torchvision.models, word)(weights=None)
-        for name in LAYERS:
+        for name in RESNET_LAYERS:
             setattr(self, name, getattr(network, name))
         self.conv1 = nn.Conv2d(1, 64, 7, stride=2, padding=3, bias=False)
         nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
@@ -47,7 +44,7 @@ class SliceResNet(nn.Module):
         """images [B, 1, H, W] in [0, 1], of any size -> five maps [B, C, ...] at strides 2, 4, 8, 16, 32."""
         maps = [self.relu(self.bn1(self.conv1((images - self.mean) / self.std)))]
         x = self.maxpool(maps[0])
-        for name in LAYERS[4:]:
+        for name in RESNET_LAYERS[4:]:
             x = run(self.get_submodule(name), x, self.checkpoint_activations and self.training)
             maps.append(x)
         return maps
@@ -62,27 +59,13 @@ class SliceResNet(nn.Module):
 
 
 def load_resnet_weights(model, path):
-    """Fill all of a SliceResNet but its head from a local state dict of torchvision's or RadImageNet's.
+    """Fill all of a SliceResNet but its head from local weights of torchvision, RadImageNet or Hugging Face.
 
-    RadImageNet's (Mei et al. 2022, doi 10.1148/ryai.210315) number the layers, ``backbone.0`` to
-    ``backbone.7``, and were trained on images in [-1, 1]; torchvision's on ImageNet's mean and deviation.
-    Three planes of the first layer are summed to one: grey images have three equal channels there.
+    The planes of the first layer are summed to one: grey images have three equal channels there.
     Returns (matched, unmatched): names of the model that were filled, and names of the file that have no use
     here.  Raises UserError for a missing file and another network, BadFile for one that is not a state dict.
     """
-    names = {}
-    for key, value in read_tensors(path, "SPINE_WEIGHTS").items():
-        numbered = re.search(r"(?:^|\.)backbone\.([0-7])\.(.+)$", key)
-        names[f"{LAYERS[int(numbered[1])]}.{numbered[2]}" if numbered else key] = value
-        if numbered:
-            model.mean.fill_(0.5)
-            model.std.fill_(0.5)
-    if "conv1.weight" in names:
-        names["conv1.weight"] = names["conv1.weight"].sum(1, keepdim=True)
-    own = model.state_dict()
-    # The blocks of a resnet34 begin like those of a resnet18: what is left over tells them apart.
-    if deeper := [name for name in names if name.startswith("layer") and name not in own]:
-        raise UserError(f"{path}: has {deeper[0]}, which the network has not; SPINE_WEIGHTS must be the "
-                        "model that SPINE_ENCODER names")
-    keep = [name for name in own if name.startswith(("head.", "mean", "std"))]
-    return fill(model, names, path, "SPINE_WEIGHTS", "SPINE_ENCODER", keep)
+    state = read_tensors(path, "SPINE_WEIGHTS")
+    keep = [name for name in model.state_dict()
+            if name.startswith("head.") or name in ("mean", "std") and name not in state]
+    return fill(model, state, path, "SPINE_WEIGHTS", "SPINE_ENCODER", keep)

@@ -16,7 +16,7 @@ class SimCLR(nn.Module):
         self.projector = nn.Sequential(nn.Linear(backbone.dim, backbone.dim), nn.ReLU(),
                                        nn.Linear(backbone.dim, projection_dim))
 
-    def forward(self, images, spectral=None):
-        """images [B, 3, H, W], spectral [B, K, H, W] or None -> (projections [B, P], features [B, E])."""
-        features = self.backbone(images, spectral)
+    def forward(self, images):
+        """images [B, 3, H, W] -> (projections [B, P], features [B, E])."""
+        features = self.backbone(images)
         return self.projector(features), features

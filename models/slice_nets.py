@@ -1,9 +1,8 @@
-"""Networks of slices by the kind of task, their outputs by name, and their start from another run."""
+"""Networks of slices by the kind of task, and their outputs by name."""
 
 from models.multitask import MultiTask
 from models.resnet import RESNETS, SliceResNet
 from models.unet import UNet
-from utils.checkpoint import load_backbone
 from utils.config import UserError
 
 KINDS = ("classify", "segment", "multitask")
@@ -45,18 +44,3 @@ def named_outputs(kind, outputs):
 def encoder_of(model):
     """The part that reads the slice: the encoder, or the whole of a classifier."""
     return getattr(model, "encoder", model)
-
-
-def load_slice_weights(model, path, remove_prefix="", optional=()):
-    """Start a network from a run of any kind: its encoder, and the rest as far as that run has it.
-
-    Returns (matched, unmatched): names of the network.  optional: as for ``load_backbone``, of the encoder.
-    Raises UserError when less than 90 % of the encoder is found, and BadFile for an unreadable file.
-    """
-    encoder = encoder_of(model)
-    matched, unmatched = load_backbone(encoder, path, remove_prefix or "encoder.", optional=optional)
-    if encoder is model:
-        return matched, unmatched
-    rest, missing = load_backbone(model, path, remove_prefix, minimum=0.0)
-    matched = {f"encoder.{name}" for name in matched} | set(rest)
-    return sorted(matched), [name for name in missing if name not in matched]

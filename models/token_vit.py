@@ -1,6 +1,7 @@
 """Vision transformer over packed sequences of volume tokens."""
 
 import math
+from itertools import pairwise
 
 import torch
 import torch.nn as nn
@@ -153,10 +154,12 @@ class TokenViT(nn.Module):
         self.blocks = make_blocks(dim, depth, heads, mlp_ratio, dropout, drop_path, attention)
         self.norm = nn.LayerNorm(dim, eps=1e-6)
 
-    def forward(self, tokens, coords, cu_seqlens):
+    def forward(self, tokens, coords, cu_seqlens, after=()):
         """tokens [T, token_size], coords int [T, 3], cu_seqlens int32 [S + 1] -> float32 [T, E].
 
         cu_seqlens: cumulative lengths of the series; a GPU waits for none of it if it lies on the CPU.
+        after: ascending numbers of blocks; where there are any, a list: what left each of these, [T, E], and
+        the features last.
         """
         sequences = Sequences(cu_seqlens, tokens.device)
         x = self.embed(tokens)
@@ -164,4 +167,9 @@ class TokenViT(nn.Module):
             x = torch.cat([x, position_code(coords, CODE)], 1)                               # [T, E]
         else:
             x = x + position_code(coords, self.dim)
-        return self.norm(run_blocks(self.blocks, x, sequences, self.checkpoint_activations and self.training))
+        recompute, blocks, left = self.checkpoint_activations and self.training, list(self.blocks), []
+        for first, last in pairwise((0, *after)):
+            x = run_blocks(blocks[first:last], x, sequences, recompute)
+            left.append(x)
+        x = self.norm(run_blocks(blocks[after[-1] if after else 0:], x, sequences, recompute))
+        return [*left, x] if after else x

@@ -4,6 +4,7 @@ import torch
 import torch.nn as nn
 
 from models.segresnet import CONV, SegResNet, Vista3DEncoder, run_blocks
+from models.token_unet import TokenUNet
 from utils.config import UserError
 
 ENCODERS = {"vista3d": Vista3DEncoder, "segresnet": SegResNet}
@@ -12,8 +13,9 @@ ENCODERS = {"vista3d": Vista3DEncoder, "segresnet": SegResNet}
 class Vista(nn.Module):
     """A residual U-Net ("encoder") and two heads on its features: classes, and instance embeddings.
 
-    dims: 2 (slices) or 3; encoder: "vista3d" | "segresnet" (see models/segresnet.py); features: its width, a
-    multiple of 8 for "segresnet"; num_classes, embedding: channels of the two outputs; head_width: channels
+    dims: 2 (slices) or 3; encoder: "vista3d" | "segresnet" (see models/segresnet.py) | "token_vit" (volumes
+    alone, see models/token_unet.py), which takes ``vit``; features: its width, a multiple of 8 for
+    "segresnet"; num_classes, embedding: channels of the two outputs; head_width: channels
     inside a head, a multiple of 8; checkpoint_activations: recompute blocks and heads in the backward pass.
     coordinates: add each voxel's place to the first ``dims`` channels of its embedding, one unit to that many
     voxels; 0: do not.  A convolution answers alike wherever it is, so that two neurites that look alike get
@@ -22,12 +24,15 @@ class Vista(nn.Module):
     """
 
     def __init__(self, dims=3, encoder="vista3d", features=48, num_classes=16, embedding=16, head_width=64,
-                 coordinates=16.0, checkpoint_activations=False):
+                 coordinates=16.0, checkpoint_activations=False, vit=None):
         super().__init__()
-        if encoder not in ENCODERS:
-            raise UserError(f'VISTA_ENCODER is "{encoder}"; set it to one of {", ".join(ENCODERS)}')
+        if encoder not in (*ENCODERS, "token_vit"):
+            words = ", ".join((*ENCODERS, "token_vit"))
+            raise UserError(f'VISTA_ENCODER is "{encoder}"; set it to one of {words}')
         if dims not in CONV:
-            raise UserError(f"VISTA_DIMS is {dims}; set it to 2 for slices or 3 for volumes")
+            raise ValueError(f"dims is {dims}: must be 2 for slices or 3 for volumes")
+        if encoder == "token_vit" and dims != 3:
+            raise UserError('VISTA_ENCODER = "token_vit" reads volumes alone; set VISTA_SLICES to False')
         widths = {"VISTA_HEAD_WIDTH": head_width}
         if encoder == "segresnet":
             widths["VISTA_FEATURES"] = features
@@ -36,7 +41,10 @@ class Vista(nn.Module):
                 raise UserError(f"{name} is {width}; set it to a multiple of 8, for GroupNorm")
         self.dims, self.coordinates = dims, coordinates
         self.checkpoint_activations = checkpoint_activations
-        self.encoder = ENCODERS[encoder](dims, features, checkpoint_activations)
+        if encoder == "token_vit":
+            self.encoder = TokenUNet(vit, features, checkpoint_activations)
+        else:
+            self.encoder = ENCODERS[encoder](dims, features, checkpoint_activations)
         self.semantic = head(dims, features, head_width, num_classes)
         self.instance = head(dims, features, head_width, embedding, convolutions=2)
 
@@ -47,8 +55,8 @@ class Vista(nn.Module):
         image of other dimensions.
         """
         if image.dim() != self.dims + 2:
-            raise UserError(f"images of shape {tuple(image.shape)}: VISTA_DIMS = {self.dims} takes images of "
-                            f"{self.dims + 2} axes")
+            raise UserError(f"images of shape {tuple(image.shape)}: the network takes images of "
+                            f"{self.dims + 2} axes; set VISTA_SLICES as it was trained with")
         features = self.encoder(pad_to_multiple(image, self.encoder.multiple))
         features = crop(features, image.shape[2:])
         recompute = self.checkpoint_activations and self.training
@@ -84,11 +92,16 @@ def add_coordinates(embedding, voxels):
 
 
 def pad_to_multiple(image, multiple):
-    """[B, C, ...], each axis lengthened to a multiple by mirroring at its far end, as often as it takes."""
-    for axis, size in enumerate(image.shape[2:], start=2):
-        if size % multiple:
+    """[B, C, ...], each axis lengthened to a multiple by mirroring at its far end, as often as it takes.
+
+    multiple: of all axes, or of each.
+    """
+    axes = image.dim() - 2
+    multiples = multiple if isinstance(multiple, tuple) else axes * (multiple,)
+    for axis, size, of in zip(range(2, axes + 2), image.shape[2:], multiples, strict=True):
+        if size % of:
             there_and_back = max(2 * size - 2, 1)               # 0 1 2 1 | 0 1 2 1 | ...
-            index = torch.arange(-(-size // multiple) * multiple, device=image.device) % there_and_back
+            index = torch.arange(-(-size // of) * of, device=image.device) % there_and_back
             image = image.index_select(axis, torch.minimum(index, there_and_back - index))
     return image
 

@@ -10,10 +10,12 @@ import pytest
 import torch
 import torchvision.models
 from PIL import Image
+from torchvision.models.efficientnet import EfficientNet, MBConvConfig
 from torchvision.models.resnet import BasicBlock, ResNet
 
 import constants as C
 import models.hvit
+import models.vit
 from datasets.cache import write_cache
 from datasets.demo_em import write_em_demo
 from prepare_data import cache_settings
@@ -73,6 +75,11 @@ def pairs(tmp_path_factory):
     for patient in range(16):
         write_case(root / f"p{patient:02d}_a", seed=patient)
     return root
+
+
+def grid_coords(size):
+    """Index (d, h, w) of every token of a grid of ``size`` tokens, int64 [N, 3], in the order of tokenize."""
+    return torch.cartesian_prod(*(torch.arange(int(n)) for n in size))
 
 
 def write_study(folder, number):
@@ -191,6 +198,21 @@ def narrow_resnet(weights=None):
         setattr(network, f"layer{number}", network._make_layer(BasicBlock, width, 1, 1 + (number > 1)))
     network.fc = torch.nn.Linear(64, 10)
     return network
+
+
+def narrow_efficientnet(weights=None, stochastic_depth_prob=0.0):
+    """An EfficientNet like torchvision's, of one narrow block a stage."""
+    widths, strides = (8, 8, 8, 16, 16, 24, 24, 32), (1, 2, 2, 2, 1, 2, 1)
+    blocks = [MBConvConfig(2, 3, stride, before, after, 1)
+              for stride, before, after in zip(strides, widths[:-1], widths[1:], strict=True)]
+    return EfficientNet(blocks, 0.0, stochastic_depth_prob)
+
+
+@pytest.fixture
+def narrow_xray(monkeypatch):
+    """EFFICIENTNET=b0 and VIT=tiny are some hundred thousand weights, where it matters not what is learnt."""
+    monkeypatch.setattr(torchvision.models, "efficientnet_b0", narrow_efficientnet)
+    monkeypatch.setitem(models.vit.VIT_SIZES, "tiny", (64, 1, 1))
 
 
 @pytest.fixture

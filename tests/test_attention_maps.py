@@ -4,9 +4,10 @@ import nibabel
 import numpy as np
 import pytest
 import torch
+from conftest import grid_coords
 from PIL import Image
 
-from datasets.tokens import grid_coords, untokenize
+from datasets.tokens import untokenize
 from utils.attention_maps import attention_sheet, heat, to_source_space, token_map
 from utils.overlay import CAPTION_HEIGHT
 

@@ -102,7 +102,7 @@ def test_every_series_is_cached_or_listed_with_its_reason(raw, tmp_path):
     """Files, names and keys as promised; the guesses are written down."""
     cache = tmp_path / "cache"
     assert write(raw, cache) == {"made": 3, "kept": 0, "removed": 0, "bad": 2, "studies": 2}
-    names = sorted(str(path.relative_to(cache)) for path in cache.rglob("*") if path.is_file())
+    names = sorted(str(path.relative_to(cache)) for path in cache.rglob("[!.]*") if path.is_file())
     scan = [f"processed/c1/scan_{end}"
             for end in ("blood.pt", "bone.pt", "brain.pt", "mask.pt", "metadata.json")]
     bad = {row["path"]: row["reason"] for row in table(cache / "bad_files.csv")}

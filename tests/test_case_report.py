@@ -15,7 +15,6 @@ from utils.case_report import (
     report_slices,
     write_figures,
     write_predictions,
-    write_rows,
 )
 from utils.mask_metrics import MaskMetrics
 
@@ -70,8 +69,6 @@ def test_cases_that_are_copies_do_not_narrow_the_interval():
 
 def test_tables_hold_what_they_are_given(tmp_path):
     """Unknown and undefined is empty; the patient has a column where it is known."""
-    write_rows(tmp_path / "rows.csv", [{"case": "a", "dice": 0.5}, {"case": "b", "dice": math.nan}])
-    assert rows_of(tmp_path / "rows.csv") == [{"case": "a", "dice": "0.5"}, {"case": "b", "dice": ""}]
     results = {"s1": (torch.tensor([0.0, 0.0]), torch.tensor([1.0])),
                "s0": (torch.tensor([5.0, 0.0]), torch.tensor([math.nan]))}
     write_predictions(tmp_path / "predictions.csv", "slice", "ce", NAMES[:2], results, {"s0": "p", "s1": "q"})

@@ -10,13 +10,11 @@ from torchmetrics.functional.classification import multiclass_calibration_error
 
 from utils import distributed
 from utils.classification import (
-    Interval,
     StudyMetrics,
     bootstrap,
     confusion_figure,
     roc_figure,
     study_figures,
-    table,
 )
 from utils.config import UserError
 
@@ -200,17 +198,6 @@ def test_resamples_without_a_figure_are_left_out_and_counted():
     labels[:] = 1
     figures = bootstrap("bce", ["mass"], logits, labels, torch.Generator().manual_seed(0), 10)
     assert math.isnan(figures["auroc"].low) and figures["auroc"].left_out == 10
-
-
-def test_the_table_is_aligned_and_shows_intervals_and_absent_figures():
-    """Figures of a bootstrap stand beside those of a baseline that has fewer."""
-    rows = {"model": {"auroc": Interval(0.9, 0.85, 0.95, 0), "auroc/mass": math.nan, "f1": 0.5},
-            "baseline": {"auroc": 0.75}}
-    lines = table(rows).splitlines()
-    assert [line.split()[0] for line in lines[1:]] == ["auroc", "auroc/mass", "f1"]
-    end = lines[0].index("model") + len("model")
-    assert [line[:end].split(maxsplit=1)[1] for line in lines[1:]] == ["0.900 (0.850 to 0.950)", "-", "0.500"]
-    assert [line[end:len(lines[0])].strip() for line in lines[1:]] == ["0.750", "-", "-"]
 
 
 @pytest.mark.parametrize("word", ["bce", "ce"])

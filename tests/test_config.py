@@ -1,6 +1,7 @@
 """Constants from the command line, and one-line errors."""
 
 import json
+import re
 import subprocess
 import sys
 import types
@@ -43,6 +44,14 @@ def test_a_mistaken_override_is_refused(module, pair):
     with pytest.raises(UserError) as error:
         apply_overrides(module, [pair])
     assert "\n" not in str(error.value) and pair in str(error.value)
+
+
+@pytest.mark.parametrize("name", [name for name in vars(constants) if re.fullmatch(
+    r"(MAX|GAN|JEPA|MIL|VISTA|SIMCLR|HVIT|SPINE)_LR|.*_LAYER_DECAY|VISTA_VAL_EVERY|.*BATCH_SIZE", name)])
+def test_numbers_that_would_be_divided_by_are_above_zero(module, name):
+    """A peak rate, a batch, a number of epochs between two validations: 0 would end in a traceback."""
+    with pytest.raises(UserError, match=f"{name} = 0"):
+        apply_overrides(module, [f"{name}=0"])
 
 
 @pytest.mark.parametrize("name", ["BATCHSIZE", "batch_size", "BATCH_SIZES"])

@@ -42,9 +42,9 @@ def contents(folder):
 
 
 def test_the_files_are_those_of_the_published_sets(demo):
-    """Names that guides and readers expect, and nothing else but the marker."""
+    """Names that guides and readers expect, and nothing else but the marker and the lock."""
     assert set(contents(demo)) == {
-        "demo.json", *(f"snemi3d/AC{n}_{kind}.h5" for n in (3, 4) for kind in ("inputs", "labels")),
+        "demo.json", ".lock", *(f"snemi3d/AC{n}_{kind}.h5" for n in (3, 4) for kind in ("inputs", "labels")),
         "cremi3d/sampleA.h5", "cremi3d/sampleB.h5", "mitoem2/Dataset001_demo/dataset.json",
         *(f"mitoem2/Dataset001_demo/{part}.nii.gz" for name in ("demo_a", "demo_b")
           for part in (f"imagesTr/{name}_0000", f"labelsTr/{name}"))}

@@ -232,6 +232,8 @@ def test_what_is_no_grey_slice_is_refused(tmp_path):
         "RescaleSlope 0": make_slice(grey, (0, 0, 0), RescaleSlope=0, RescaleIntercept=0),
         "cut short: 70 bytes": make_slice(grey, (0, 0, 0), Rows=6),
         "2 frames that does not tell": make_slice(np.ones((2, 5, 7), "u2"), (0, 0, 0), NumberOfFrames=2),
+        "PixelRepresentation 2": make_slice(grey, (0, 0, 0), PixelRepresentation=2),
+        "70 bytes of pixels where 28 are due": make_slice(grey, (0, 0, 0), Rows=2),
         "3 frames, but 2 descriptions": make_enhanced(np.ones((2, 5, 7), "u2"), [(0, 0, 0), (0, 0, 1)]),
     }
     cases["3 frames, but 2 descriptions"].NumberOfFrames = 3

@@ -174,6 +174,24 @@ def test_one_process_needs_no_torchrun():
     assert not states.restore_rng_state(generators * 2)
 
 
+@pytest.mark.parametrize("word", ["gpu", "cuda:99", "xla"])
+def test_a_device_that_is_not_there_is_refused(word):
+    """--device is a user's word: one line, no traceback."""
+    with pytest.raises(UserError, match=f"--device {word}"):
+        distributed.setup_distributed(word)
+    assert distributed.setup_distributed("cpu") == torch.device("cpu")
+
+
+def test_inference_takes_the_averaged_weights_where_there_are_any():
+    """They are what the validation measured and the best checkpoint was chosen by."""
+    trained, averaged = nn.Linear(2, 1).state_dict(), nn.Linear(2, 1).state_dict()
+    for checkpoint, expected in (({"model_state_dict": trained, "ema_state_dict": averaged}, averaged),
+                                 ({"model_state_dict": trained, "ema_state_dict": None}, trained),
+                                 ({"model_state_dict": trained}, trained)):
+        model = states.load_trained(nn.Linear(2, 1), checkpoint, torch.device("cpu"))
+        assert torch.equal(model.weight, expected["weight"]) and not model.training
+
+
 def test_an_unknown_strategy_is_named_with_the_allowed_ones():
     """Also on one process, where the word would do nothing yet."""
     with pytest.raises(UserError, match="STRATEGY.*zero3.*ddp, zero2, fsdp"):

@@ -408,6 +408,51 @@ def test_damage_inside_is_found_when_it_is_read(tmp_path, kind, flip):
     assert "\n" not in str(caught.value)
 
 
+def test_sections_before_the_checksum_of_a_gzip_file_are_never_wrong(tmp_path):
+    """It stands at the end: a section in front of it may be damaged, and looks as sound as any."""
+    path = tmp_path / "a.nii.gz"
+    write_nifti(path, VOXELS)
+    data = path.read_bytes()
+    for place in range(100, len(data), len(data) // 12):
+        path.write_bytes(data[:place] + bytes([data[place] ^ 8]) + data[place + 1:])
+        with pytest.raises(BadFile, match="cannot be read"):
+            open_volume(path)[0]
+    for end in (b"", bytes(5), bytes(200_000)):      # tapes fill their last block with zeros
+        path.write_bytes(data + end)
+        np.testing.assert_array_equal(open_volume(path)[12], VOXELS[12])
+    path.write_bytes(data + b"something else")
+    with pytest.raises(BadFile, match="cannot be read"):
+        open_volume(path)[0]
+
+
+def test_a_section_whose_png_checksum_is_wrong_is_refused(tmp_path):
+    """Decoding does not look at all of them."""
+    (tmp_path / "a").mkdir()
+    for number, section in enumerate(VOXELS[:3]):
+        Image.fromarray(section).save(tmp_path / f"a/{number}.png", compress_level=0)
+    data = bytearray((tmp_path / "a/1.png").read_bytes())
+    data[len(data) // 2] ^= 16
+    (tmp_path / "a/1.png").write_bytes(data)
+    volume = open_volume(tmp_path / "a")
+    np.testing.assert_array_equal(volume[0], VOXELS[0])
+    with pytest.raises(BadFile, match="1.png"):
+        volume[1]
+
+
+@pytest.mark.parametrize("tag, value, options", [
+    (273, 0, {}), (273, 400, {}), (279, 2 ** 31, {"compression": "zlib"}),
+    (278, 5, {"compression": "zlib"}), (257, 60_000, {"compression": "zlib", "metadata": None})])
+def test_tiff_pages_that_lie_elsewhere_or_claim_too_much_are_refused(tmp_path, tag, value, options):
+    """Offset of the pixels, their bytes, rows per strip, height: the header as pixels is no volume."""
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, VOXELS, **options)
+    with tifffile.TiffFile(path, mode="r+b") as file:
+        for page in file.pages if tag in (257, 278) else file.pages[:1]:
+            page.tags[tag].overwrite(value)
+    with pytest.raises(BadFile):
+        open_volume(path)[:]
+
+
 def test_values_that_are_not_finite_are_refused_when_read(tmp_path):
     """One NaN in a patch makes every weight NaN; a part without any can still be used."""
     voxels = VOXELS.astype(np.float32)

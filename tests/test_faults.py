@@ -1,68 +1,16 @@
-"""Hard knocks: killed processes, damaged files, mistaken users."""
+"""Hard knocks: damaged files, mistaken users."""
 
 import os
 import pickle
-import signal
-import subprocess
-import sys
-import time
 
 import nibabel
 import numpy as np
 import pytest
 import torch
 from conftest import SMALL, write_case
-from test_scripts import LAST, states_differ
+from test_scripts import LAST
 
-
-def start(run_dir, pairs, *words):
-    """A training process of the small network that saves after each step."""
-    command = [sys.executable, "longitudinal_MIM_training.py", "-n", run_dir.name, "--data", pairs, *words,
-               "--set", *SMALL, f"RUNS_DIR={run_dir.parent}", "CHECKPOINT_MINUTES=0.0"]
-    return subprocess.Popen([str(word) for word in command], env={**os.environ, "OMP_NUM_THREADS": "1"},
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def wait_for_save(path, process):
-    """Until the run has written its first checkpoint."""
-    while not path.exists():
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.02)
-
-
-@pytest.fixture(scope="module")
-def whole(pairs, tmp_path_factory):
-    """A run that nobody stopped."""
-    run = tmp_path_factory.mktemp("runs") / "whole"
-    process = start(run, pairs)
-    assert process.wait() == 0, process.stderr.read()
-    return run
-
-
-def test_a_run_killed_inside_an_epoch_and_resumed_ends_bitwise_equal(whole, pairs, tmp_path):
-    """SIGKILL leaves no chance to tidy up; weights, moments, averages, random state and history are equal."""
-    run = tmp_path / "killed"
-    process = start(run, pairs)
-    wait_for_save(run / LAST, process)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert torch.load(run / LAST, weights_only=True)["batch_in_epoch"] > 0
-    resumed = start(run, pairs, "-c", "auto")
-    assert resumed.wait() == 0, resumed.stderr.read()
-    assert states_differ(whole / LAST, run / LAST) == []
-
-
-def test_sigterm_saves_and_exits_and_the_resumed_run_ends_bitwise_equal(whole, pairs, tmp_path):
-    """What a cluster's scheduler sends before it takes the machine."""
-    run = tmp_path / "stopped"
-    process = start(run, pairs)
-    wait_for_save(run / LAST, process)
-    process.terminate()
-    assert process.wait() == 128 + signal.SIGTERM
-    assert "resume with -c auto" in process.stdout.read()
-    resumed = start(run, pairs, "-c", "auto")
-    assert resumed.wait() == 0, resumed.stderr.read()
-    assert states_differ(whole / LAST, run / LAST) == []
+pytestmark = pytest.mark.usefixtures("narrow_xray")
 
 
 def test_a_damaged_last_checkpoint_is_named_and_the_newest_sound_one_used(train, capsys):

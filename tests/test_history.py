@@ -6,18 +6,18 @@ import pytest
 from PIL import Image
 
 from utils.config import UserError
-from utils.history import Trackers, epoch_line, write_history, write_metrics_csv
+from utils.history import Trackers, epoch_line, write_history
 from utils.plotting import plot_detailed_curves, plot_loss_curves
 
-HISTORY = [{"epoch": 1, "step": 4, "train/loss": 0.5, "val/loss": 0.6, "train/L1": 0.3, "lr": 1e-3},
-           {"epoch": 2, "step": 8, "train/loss": 0.4, "val/loss": 0.5, "train/L1": 0.2, "lr": 5e-4,
+HISTORY = [{"epoch": 1, "step": 4, "train/loss": 0.5, "val/loss": 0.6, "train/L1": 0.3, "train/lr": 1e-3},
+           {"epoch": 2, "step": 8, "train/loss": 0.4, "val/loss": 0.5, "train/L1": 0.2, "train/lr": 5e-4,
            "val/dice": 0.1}]
 
 
 def test_the_table_has_a_row_per_epoch_and_every_metric(tmp_path):
     """A metric that begins later gets its column too, and a rewrite doubles nothing."""
     for _ in range(2):
-        write_metrics_csv(tmp_path / "metrics.csv", HISTORY)
+        write_history(tmp_path, HISTORY)
     with open(tmp_path / "metrics.csv") as file:
         rows = list(csv.DictReader(file))
     assert [row["val/dice"] for row in rows] == ["", "0.1"]
@@ -32,7 +32,7 @@ def test_the_line_of_an_epoch_leaves_single_labels_to_the_table():
 
 def test_an_epoch_without_validation_has_a_line_and_a_row(tmp_path):
     """Where validation is rare its columns are empty, and the curves go on."""
-    rows = [*HISTORY, {"epoch": 3, "step": 12, "train/loss": 0.3, "train/L1": 0.1, "lr": 1e-4}]
+    rows = [*HISTORY, {"epoch": 3, "step": 12, "train/loss": 0.3, "train/L1": 0.1, "train/lr": 1e-4}]
     assert epoch_line(rows[-1]) == "Epoch 3 Complete: Train Loss: 0.3000"
     write_history(tmp_path, rows)
     with open(tmp_path / "metrics.csv") as file:

@@ -441,13 +441,13 @@ def test_mistakes_end_in_one_line(cascade, refused, tmp_path):
     save_stage(weights, "cord", SPINE_AXIS="axial")
     assert "different axes (" in line() and not (tmp_path / "x").exists()
     save_stage(weights, "cord", kind="segment")
-    assert "cord.pt: a checkpoint of kind segment; the stage cord needs one of kind classify" in line()
+    assert "cord.pt: a checkpoint of kind segment, not classify or multitask" in line()
     save_stage(weights, "cord", Band(1, 2))
     assert "weights are of another model" in line()
 
 
 REAL = {"SPINE_SIZE": 32, "SPINE_ENCODER": "plain", "SPINE_DEPTH": 2, "SPINE_FEATURES": 2,
-        "SPINE_LOSS": "dice", "PRECISION": "fp32"}
+        "SPINE_LOSS": "dice", "SPINE_MASK_PRIOR": 0.0, "PRECISION": "fp32"}
 
 
 def real_stages(folder, monkeypatch):

@@ -1,7 +1,9 @@
 """Reading images of every format, refusing bad ones, and writing NIfTI."""
 
 import random
+import struct
 import warnings
+import zlib
 
 import gdcm
 import nibabel as nib
@@ -18,7 +20,16 @@ from pydicom.uid import (
     generate_uid,
 )
 
-from datasets.io import image_files, letterbox, min_max, read_image, resize, undo_letterbox, write_nifti
+from datasets.io import (
+    image_files,
+    letterbox,
+    min_max,
+    one_line,
+    read_image,
+    resize,
+    undo_letterbox,
+    write_nifti,
+)
 from utils.config import BadFile, UserError
 
 ROWS, COLUMNS = np.mgrid[:24, :20]
@@ -251,12 +262,51 @@ def test_damaged_files_give_an_image_or_bad_file_and_nothing_else(tmp_path):
                 np.testing.assert_array_equal(image, whole, err_msg=path.name)
 
 
-def test_reading_warns_of_nothing(tmp_path):
-    """What a library merely warns of would break the promise of one line per mistake."""
+def test_reading_warns_of_nothing(tmp_path, caplog):
+    """What a library merely warns of, or logs, would break the promise of one line per mistake."""
     path = write_dicom(tmp_path / "a.dcm")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         read_image(path)
+    write_nifti(tmp_path / "a.nii", GREY)
+    data = bytearray((tmp_path / "a.nii").read_bytes())
+    data[70:72] = b"\xff\x7f"                        # a data type that there is not
+    (tmp_path / "a.nii").write_bytes(data)
+    refusal(tmp_path / "a.nii")
+    assert caplog.records == []
+
+
+def test_headers_that_claim_what_no_file_can_hold_are_refused(tmp_path):
+    """Voxels at infinity; 169 million pixels in a hundred bytes, for which room would be made."""
+    write_nifti(tmp_path / "a.nii", GREY)
+    data = bytearray((tmp_path / "a.nii").read_bytes())
+    data[108:112] = np.float32(np.inf).tobytes()
+    (tmp_path / "a.nii").write_bytes(data)
+    refusal(tmp_path / "a.nii")
+    Image.new("L", (8, 8)).save(tmp_path / "a.png")
+    data = bytearray((tmp_path / "a.png").read_bytes())
+    data[16:24] = struct.pack(">II", 13_000, 13_000)
+    data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
+    (tmp_path / "a.png").write_bytes(data)
+    assert "cannot hold" in refusal(tmp_path / "a.png")
+
+
+def test_a_tiff_of_too_few_strips_is_refused(tmp_path):
+    """Pillow leaves black what no strip covers."""
+    Image.fromarray(GREY).save(tmp_path / "a.tif")
+    data = bytearray((tmp_path / "a.tif").read_bytes())
+    (first,) = struct.unpack_from("<I", data, 4)
+    for at in range(first + 2, first + 2 + 12 * data[first], 12):
+        if struct.unpack_from("<H", data, at)[0] == 278:         # rows per strip, of which there is one
+            struct.pack_into("<I", data, at + 8, 1)
+    (tmp_path / "a.tif").write_bytes(data)
+    assert "are there" in refusal(tmp_path / "a.tif")
+
+
+def test_a_message_of_a_library_is_one_line_of_letters():
+    """Control characters of a damaged header could hide the line, or end it."""
+    assert one_line(ValueError("a\r\nb\x00\x1b c\u2028d")) == "a b c d"
+    assert one_line(ValueError()) == "ValueError"
 
 
 def test_image_files_are_sorted_and_found_by_suffix_or_mark(tmp_path):

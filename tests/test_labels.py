@@ -80,7 +80,8 @@ def test_numbers_are_read_as_they_are(read, loss):
     ("study_id,a\np1,1\np2,0\np1,1\n", "bce", "line 4: the study p1 comes a second time"),
     ("study_id,a\n,1\n", "bce", "line 2: the study has no name"),
     ("study_id,a\np1,1,1\n", "bce", "line 2: 3 cells under 2 columns"),
-    ("study_id,a,a\np1,1,1\n", "bce", "two columns have the same name")])
+    ("study_id,a,a\np1,1,1\n", "bce", "two columns have the same name"),
+    ("study_id,a\np1,0\np2," + "9" * 5000 + "\n", "ce", "classes are words or whole numbers")])
 def test_a_file_that_makes_no_sense_is_an_error(read, tmp_path, text, loss, message):
     """Each names the file, and the line where there is one."""
     with pytest.raises(UserError, match=message) as error:

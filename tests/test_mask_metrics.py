@@ -12,9 +12,8 @@ from scipy import ndimage
 from torchmetrics.functional.segmentation import dice_score, mean_iou
 
 from utils import distributed, mask_metrics
-from utils.classification import Interval
 from utils.config import UserError
-from utils.mask_metrics import COLUMNS, DESCRIPTIONS, MaskMetrics, hausdorff, predict_masks, table
+from utils.mask_metrics import COLUMNS, DESCRIPTIONS, MaskMetrics, hausdorff, predict_masks
 
 NAMES = ["cord", "lesion"]
 
@@ -315,21 +314,6 @@ def test_one_patient_has_no_interval():
     intervals = measured(pred, masks, patients=["a"] * 3).bootstrap(torch.Generator().manual_seed(0), 10)
     dice = intervals["dice"]
     assert 0 < dice.value < 1 and math.isnan(dice.low) and math.isnan(dice.high) and dice.left_out == 10
-
-
-def test_the_table_has_a_line_per_figure():
-    """With its meaning for the plain names, "-" where it is undefined, an interval where there is one."""
-    pred, masks = pair((5, 20, 24))
-    one, two = measured(pred, masks).compute(), measured(pred, masks, patients=list("ppqqr"))
-    two = two.bootstrap(torch.Generator().manual_seed(0), 20)
-    assert isinstance(two["dice"], Interval)
-    lines = table({"val": one | {"hd95": math.nan}, "test": two}).splitlines()
-    assert len(lines) == 1 + len(one) and lines[0].split() == ["val", "test"]
-    for line, name in zip(lines[1:], one, strict=True):
-        assert line.split()[0] == name and ("/" in name or line.endswith(DESCRIPTIONS[name]))
-    assert next(line for line in lines if line.startswith("hd95 ")).split()[1] == "-"
-    assert f"{one['dice']:.3f}" in lines[1] and " to " in lines[1]
-    assert len({line.find("+ Dice") for line in lines if "+ Dice" in line}) == 1
 
 
 def test_what_cannot_be_measured_is_refused():

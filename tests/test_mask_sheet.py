@@ -2,9 +2,10 @@
 
 import numpy as np
 import torch
+from conftest import grid_coords
 from PIL import Image
 
-from datasets.tokens import grid_coords, tokenize
+from datasets.tokens import tokenize
 from utils.mask_sheet import mask_rows, mask_sheet, panels
 
 

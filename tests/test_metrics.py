@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from scipy import ndimage
 
-from utils.metrics import DESCRIPTIONS, ChangeMetrics, component_overlap, list_changes, table
+from utils.metrics import ChangeMetrics, component_overlap, list_changes
 
 
 def smooth_maps(count, size=48, seed=0):
@@ -169,12 +169,3 @@ def test_ranks_with_unevenly_many_pairs_agree_with_one_process(tmp_path):
         expected = measure(smooth_maps(5, seed=8), smooth_maps(5, seed=9))
         assert results[0] == pytest.approx(expected, nan_ok=True)
         assert results[1] == pytest.approx(expected, nan_ok=True)
-
-
-def test_the_table_is_aligned_and_shows_absent_figures_as_a_dash():
-    text = table({"model": {"dice": 0.5}, "a baseline": measure(smooth_maps(1), smooth_maps(1))}).splitlines()
-    assert len(text) == 1 + len(DESCRIPTIONS)
-    model_end, baseline_end = text[0].index("model") + 5, len(text[0])
-    for line, name in zip(text[1:], DESCRIPTIONS, strict=True):
-        assert line.startswith(name) and line[model_end - 1] != " " and line[baseline_end - 1] != " "
-    assert text[1][:model_end].endswith("0.5000") and text[2][:model_end].endswith(" -")

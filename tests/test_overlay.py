@@ -61,7 +61,7 @@ def test_the_sample_sheet_has_a_row_per_pair(case, tmp_path):
     """Target and prediction stand beside the images of their own pair."""
     prior, current, diff = (torch.from_numpy(x)[None] for x in case)
     rows = [(prior, current, diff, 0 * diff), (prior, current, 0 * diff, diff)]
-    sample_sheet(tmp_path / "epoch_1.png", rows)
+    sample_sheet(tmp_path / "epoch_1.png", rows, 0.05)
     with Image.open(tmp_path / "epoch_1.png") as picture:
         sheet = np.asarray(picture)
     assert sheet.shape == (CAPTION_HEIGHT + 2 * (400 + GAP), 4 * (360 + GAP) - GAP, 3)

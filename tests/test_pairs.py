@@ -316,6 +316,12 @@ def test_the_patient_comes_from_the_folder_the_name_or_a_table(xrays, tmp_path):
     table.write_text("file;patient\n")
     with pytest.raises(UserError, match="columns path and patient"):
         find_sources(flat, table)
+    for text, message in (("path,patient\np7_first.png\n", "line 2: 1 cells under 2 columns"),
+                          ("path,patient\n\xff,A\n", "cannot be read"),
+                          (f"path,patient\n{'x' * 300},A\n", "no row for")):
+        table.write_text(text, encoding="latin1")
+        with pytest.raises(UserError, match=message):
+            find_sources(flat, table)
 
 
 def test_volumes_are_files_and_folders_of_slices(tmp_path):

@@ -2,6 +2,7 @@
 
 import io
 import shutil
+import struct
 
 import numpy as np
 import pytest
@@ -187,6 +188,26 @@ def test_whole_numbers_are_divided_by_the_largest_of_their_type(tmp_path, dtype,
     values = (CUBE[0] % 100).astype(dtype)
     np.save(tmp_path / "cube.npy", values)
     np.testing.assert_allclose(read_spectral(tmp_path / "cube.npy", 1)[0], values / largest, rtol=1e-6)
+
+
+def test_a_cube_that_lost_pages_is_refused(tmp_path):
+    """The rows that are left must not be taken for a band of their own, nor its columns for bands."""
+    pages = tmp_path / "cube.tif"
+    tifffile.imwrite(pages, np.ones((12, 16, 5), np.uint8), compression="zlib", photometric="minisblack")
+    assert read_spectral(pages, 5).shape == (5, 12, 16)
+    for left in (1, 7):
+        data = bytearray(pages.read_bytes())
+        with tifffile.TiffFile(pages) as file:
+            last = file.pages[left - 1].offset
+        (count,) = struct.unpack_from("<H", data, last)
+        struct.pack_into("<I", data, last + 2 + 12 * count, len(data) + 100)     # where the next page is
+        (tmp_path / "cut.tif").write_bytes(data)
+        with pytest.raises(BadFile, match="cut.tif: truncated"):
+            read_spectral(tmp_path / "cut.tif", 5)
+    np.save(tmp_path / "one.npy", np.ones((16, 5)))
+    with pytest.raises(BadFile, match="HVIT_SPECTRAL_CHANNELS = 5"):
+        read_spectral(tmp_path / "one.npy", 5)
+    assert read_spectral(tmp_path / "one.npy", 1).shape == (1, 16, 5)
 
 
 def test_cubes_with_other_bands_or_broken_values_are_named(tmp_path):

@@ -185,7 +185,7 @@ def test_a_run_that_gets_no_better_ends_early(no_curves, train_photo, capsys):
     run = train_photo("hvit", "stale", "HVIT_EPOCHS=9", "HVIT_PATIENCE=2", "HVIT_LR=1e-12", "USE_EMA=False",
                       "HVIT_MONITOR=val/accuracy")
     assert len(history(run, "hvit")) == 3
-    assert "No better val/accuracy in 2 epochs: the run ends" in capsys.readouterr().out
+    assert "No better val/accuracy in 2 validations: the run ends" in capsys.readouterr().out
 
 
 def test_torchvisions_networks_take_the_same_way(no_curves, train_photo, script, photos, tmp_path):

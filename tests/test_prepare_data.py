@@ -119,7 +119,7 @@ def test_ct_volumes_become_pairs_too(run, tmp_path, capsys):
     (("--size", 100), "multiple of 32"),
     (("--per-image", 0), "1 or more"),
     (("--workers", -1), "0 or more"),
-    (("--patients", "nowhere.csv"), "no such file"),
+    (("--patients", "nowhere.csv"), "--patients nowhere.csv: cannot be read"),
 ])
 def test_a_mistake_is_one_line_that_names_it(run, xrays, tmp_path, words, message):
     """Nothing is written either."""

@@ -9,7 +9,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
 from utils.config import UserError
-from utils.probe import group_probe, knn_accuracy, linear_probe
+from utils.probe import knn_accuracy, linear_probe
 
 NAN = float("nan")
 
@@ -111,48 +111,6 @@ def test_classes_on_one_side_only_have_no_auroc_but_count_as_missed():
     assert figures["balanced_accuracy"] > 0.9 and figures["auroc"] > 0.95
 
 
-def test_a_group_is_predicted_by_the_others_alone():
-    """Against a loop that fits linear_probe's classifier once per group."""
-    x, y = clouds(60)
-    groups = np.array([f"study {i}" for i in np.arange(60) // 6])
-    hits = []
-    for group in np.unique(groups):
-        inside = groups == group
-        mean, std = x[~inside].mean(0), x[~inside].std(0)
-        model = LogisticRegression(class_weight="balanced", max_iter=2000)
-        model.fit((x[~inside] - mean) / std, y[~inside])
-        hits += [(truth, truth == guess) for truth, guess in
-                 zip(y[inside], model.predict((x[inside] - mean) / std), strict=True)]
-    expected = np.mean([np.mean([hit for truth, hit in hits if truth == label]) for label in range(3)])
-    figures = group_probe(x, y, groups)
-    assert figures["balanced_accuracy"] == pytest.approx(expected)
-    assert figures["accuracy"] == pytest.approx(np.mean([hit for _, hit in hits]))
-    assert 0.5 < figures["auroc"] <= 1
-
-
-def test_features_that_know_the_group_alone_gain_nothing():
-    """Rows of one study would otherwise tell each other's label."""
-    rng = np.random.default_rng(0)
-    groups = np.arange(80) // 4
-    x = rng.standard_normal((20, 40))[groups] + 0.01 * rng.standard_normal((80, 40))
-    y = np.arange(20)[groups] % 2
-    assert linear_probe(x[::2], y[::2], x[1::2], y[1::2], "multiclass")["accuracy"] == 1.0
-    assert group_probe(x, y, groups)["accuracy"] < 0.75
-
-
-def test_a_class_of_one_group_is_left_out():
-    """Nobody could have learnt it; the other classes are judged as without it."""
-    x, y = clouds(60)
-    groups = np.arange(60) // 6
-    y[groups == 9] = 7
-    figures = group_probe(x, y, groups)
-    assert figures == group_probe(x[:54], y[:54], groups[:54])
-    assert group_probe(x, np.where(groups == 0, 1, 0), groups)["left_out"] == 1
-    labels = np.stack([y == 0, groups == 0], 1).astype(float)
-    labels[3, 0] = NAN
-    assert group_probe(x, labels, groups, "multilabel")["labels"] == 1
-
-
 def test_the_same_call_gives_the_same_figures():
     """A curve of probes shows the features' change alone."""
     (train_x, train_y), (test_x, test_y) = clouds(60), clouds(60, seed=1)
@@ -170,15 +128,11 @@ def test_mistakes_are_named(x, y, kind, message):
     """In one line."""
     with pytest.raises(UserError, match=message):
         linear_probe(x, y, x, y, kind)
-    with pytest.raises(UserError, match=message):
-        group_probe(x, y, np.arange(4), kind)
 
 
-def test_labels_and_groups_must_fit_and_knn_needs_some():
+def test_labels_must_fit_and_knn_needs_some():
     """The remaining mistakes."""
     x = np.zeros((4, 2))
-    with pytest.raises(UserError, match="one group per row"):
-        group_probe(x, [0, 1, 0, 1], [1, 2, 3])
     with pytest.raises(UserError, match="2 training labels but 1 test"):
         linear_probe(x, np.zeros((4, 2)), x, np.zeros((4, 1)), "multilabel")
     with pytest.raises(UserError, match="no labelled rows"):

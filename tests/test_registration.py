@@ -7,8 +7,9 @@ import pytest
 import torch
 from kornia.geometry.transform import warp_affine
 from scipy import ndimage
+from skimage.filters import gaussian
 
-from utils.registration import align, best_baseline, register, subtraction_baseline
+from utils.registration import align, best_baseline, register, registered_difference
 
 
 def texture(height=160, width=160, seed=0):
@@ -129,7 +130,7 @@ def changed_pairs(count=3):
 def test_the_baseline_finds_a_change_through_pose_and_exposure():
     """It must be a fair opponent: what was added is positive, what is gone is negative."""
     prior, current, truth = changed_pairs(1)[0]
-    diff = subtraction_baseline(prior, current, sigma=2)
+    diff = gaussian(registered_difference(prior, current), 2)
     assert diff[truth > 0.15].mean() > 0.1 and diff[truth < -0.15].mean() < -0.1
     assert abs(diff[np.abs(truth) < 0.01].mean()) < 0.02
 
@@ -147,10 +148,10 @@ def test_the_best_baseline_is_the_best_of_all_choices():
 def test_rescaling_puts_the_chosen_threshold_where_the_models_is():
     """Dice at 0.05 of the rescaled map is that of the map at its own threshold; errors are the map's own."""
     prior, current, truth = changed_pairs(1)[0]
-    predicted = np.abs(subtraction_baseline(prior, current, 2)) > 0.08
+    predicted = np.abs(gaussian(registered_difference(prior, current), 2)) > 0.08
     chosen = best_baseline([(prior, current, truth)], thresholds=[0.08], sigmas=[2 / 160])
     true = np.abs(truth) > 0.05
     expected = 2 * (predicted & true).sum() / (predicted.sum() + true.sum())
     assert chosen["metrics"]["dice_pooled"] == pytest.approx(expected, abs=1e-3)
-    error = np.abs(subtraction_baseline(prior, current, 2) - truth)[true].mean()
+    error = np.abs(gaussian(registered_difference(prior, current), 2) - truth)[true].mean()
     assert chosen["metrics"]["mae_inside"] == pytest.approx(error, rel=1e-4)

@@ -6,7 +6,7 @@ import pytest
 
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.config import UserError
-from utils.runs import is_better, keep_checkpoint, open_run, resume_position, stale_for
+from utils.runs import best_row, is_better, keep_checkpoint, open_run, resume_position, stale_for
 
 
 @pytest.mark.parametrize("mode, value, best, better", [
@@ -28,18 +28,59 @@ def test_a_metric_that_is_not_measured_is_refused_by_name():
     assert not is_better({"epoch": 2}, math.nan, "val/auroc", "max")
 
 
+def save_epoch(folder, history, **entries):
+    """Write mil_last.pt as at the end of the last epoch of ``history``."""
+    save_checkpoint(folder / "mil_last.pt", kind="mil", model_state_dict={}, history=history,
+                    **{"epoch": history[-1]["epoch"], "step": history[-1]["epoch"], **entries})
+
+
 def test_the_best_epoch_and_the_wanted_ones_stay(tmp_path):
     """By a metric that rises: epoch 2 is best, 3 and 4 are pruned, the last file is named instead."""
-    history, best, names = [], None, []
+    history, names = [], []
     for epoch, value in enumerate([0.5, 0.9, 0.7, 0.6], start=1):
         history.append({"epoch": epoch, "val/auroc": value})
-        save_checkpoint(tmp_path / "mil_last.pt", kind="mil", model_state_dict={}, epoch=epoch)
-        better = is_better(history[-1], best, "val/auroc", "max")
-        best = value if better else best
-        names.append(keep_checkpoint(tmp_path, "mil", history, better, 1, 0, "val/auroc", "max"))
+        save_epoch(tmp_path, history)
+        names.append(keep_checkpoint(tmp_path, "mil", 1, 0, "val/auroc", "max"))
     assert names == ["mil_epoch_1.pt", "mil_epoch_2.pt", "mil_last.pt", "mil_last.pt"]
     assert load_checkpoint(tmp_path / "mil_best.pt")["epoch"] == 2
     assert {path.name for path in tmp_path.iterdir()} == {"mil_best.pt", "mil_epoch_2.pt", "mil_last.pt"}
+
+
+def test_only_the_end_of_an_epoch_is_copied(tmp_path):
+    """A run that goes on asks for the copies too: it may stand inside an epoch, or lack a last file."""
+    assert keep_checkpoint(tmp_path, "mil", 1, 1) == "mil_last.pt"
+    save_epoch(tmp_path, [{"epoch": 1, "val/loss": 0.5}], epoch=2)
+    assert keep_checkpoint(tmp_path, "mil", 1, 1) == "mil_last.pt"
+    (tmp_path / "mil_last.pt").write_bytes(b"PK")
+    assert keep_checkpoint(tmp_path, "mil", 1, 1) == "mil_last.pt"
+    assert [path.name for path in tmp_path.iterdir()] == ["mil_last.pt"]
+
+
+@pytest.mark.parametrize("values, mode, epoch", [
+    ([3.0, 2.0, 2.0], "min", 2), ([0.1, 0.3, 0.2], "max", 2), ([math.nan, 5.0], "min", 2),
+    ([math.nan, math.nan], "max", 2), ([0.4, math.nan], "min", 1)])
+def test_the_best_row_is_the_one_that_was_better_than_all_before(values, mode, epoch):
+    """The same whether it was found epoch by epoch or, after a kill, from the history."""
+    history = [{"epoch": n, "val/x": value} for n, value in enumerate(values, start=1)]
+    assert best_row([*history, {"epoch": 99}], "val/x", mode)["epoch"] == epoch
+
+
+def test_a_damaged_last_file_is_made_good(tmp_path):
+    """A run that has nothing left to do would leave it damaged for good."""
+    (tmp_path / "run").mkdir()
+    save_epoch(tmp_path / "run", [{"epoch": 1, "val/loss": 0.5}], optimizer_state_dict={})
+    keep_checkpoint(tmp_path / "run", "mil", 1, 0)
+    whole = (tmp_path / "run" / "mil_last.pt").read_bytes()
+    (tmp_path / "run" / "mil_last.pt").write_bytes(whole[:100])
+    _, state = open_run(tmp_path, "run", "auto", "mil")
+    assert state["epoch"] == 1 and (tmp_path / "run" / "mil_last.pt").read_bytes() == whole
+
+
+def test_weights_alone_are_not_resumed(tmp_path):
+    """A published file: it has no optimizer to go on with, and a run from it would be another one."""
+    save_checkpoint(tmp_path / "mil_best.pt", kind="mil", model_state_dict={}, step=1)
+    with pytest.raises(UserError, match="mil_best.pt.*--init"):
+        open_run(tmp_path, "run", tmp_path / "mil_best.pt", "mil")
 
 
 def test_going_on_under_another_name_never_overwrites_that_run(tmp_path):
@@ -47,7 +88,8 @@ def test_going_on_under_another_name_never_overwrites_that_run(tmp_path):
     path = tmp_path / "first" / "mil_last.pt"
     for name in ("first", "second"):
         (tmp_path / name).mkdir()
-        save_checkpoint(tmp_path / name / "mil_last.pt", kind="mil", model_state_dict={}, step=1)
+        save_checkpoint(tmp_path / name / "mil_last.pt", kind="mil", model_state_dict={}, step=1,
+                        optimizer_state_dict={})
     with pytest.raises(UserError, match="second already holds a run"):
         open_run(tmp_path, "second", path, "mil")
     for name, folder in (("third", "third"), ("first", "first"), (None, "first")):

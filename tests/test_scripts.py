@@ -48,11 +48,11 @@ def test_a_run_leaves_everything_that_is_promised(train, capsys):
         "rng_state", "constants", "kind", "format_version"}
     assert checkpoint["kind"] == "longitudinal_mim" and checkpoint["epoch"] == 2
     params = json.loads((run / "training_params.json").read_text())
-    assert params["effective_batch"] == 4 and params["train_cases"] > 0 and len(params["constants"]) >= 40
+    assert params["effective_batch"] == 4 and params["train_items"] > 0 and len(params["constants"]) >= 40
     with open(run / "metrics.csv") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 2
-    assert {"train/L1", "train/L2", "train/Dice", "val/loss", "val/dice", "lr"} <= set(rows[0])
+    assert {"train/L1", "train/L2", "train/Dice", "val/loss", "val/dice", "train/lr"} <= set(rows[0])
     printed = capsys.readouterr().out
     for line in ["Epoch 1/2", "] Train Loss: 0.", " | L1: ", "Epoch 1 Complete: Train Loss: ",
                  " | Val Loss: ", "Saved checkpoint: longitudinal_mim_epoch_2.pt"]:
@@ -108,7 +108,7 @@ def test_a_finished_run_goes_on_for_more_epochs_and_by_new_rates(train, capsys):
     assert "Changed since the checkpoint: MAX_LR: 0.0006 -> 0.0001" in capsys.readouterr().out
     whole = train("whole", "LONGITUDINAL_MIM_EPOCHS=3", "MAX_LR=1e-4")
     histories = [torch.load(path / LAST, weights_only=True)["history"] for path in (run, whole)]
-    assert [row["lr"] for row in histories[0][1:]] == [row["lr"] for row in histories[1][1:]]
+    assert [row["train/lr"] for row in histories[0][1:]] == [row["train/lr"] for row in histories[1][1:]]
 
 
 def test_a_run_resumed_with_larger_batches_ends_with_its_schedule(train):
@@ -116,7 +116,8 @@ def test_a_run_resumed_with_larger_batches_ends_with_its_schedule(train):
     settings = ["SCHEDULE=cosine", "FINAL_LR=1e-6"]
     run = train("run", *settings, "LONGITUDINAL_MIM_EPOCHS=1", "UPDATE_EVERY_BATCHES=1")
     train("run", *settings, "LONGITUDINAL_MIM_EPOCHS=2", "UPDATE_EVERY_BATCHES=3", words=["-c", "auto"])
-    assert torch.load(run / LAST, weights_only=True)["history"][-1]["lr"] == pytest.approx(1e-6, rel=1e-3)
+    last = torch.load(run / LAST, weights_only=True)["history"][-1]
+    assert last["train/lr"] == pytest.approx(1e-6, rel=1e-3)
 
 
 def test_a_run_is_never_overwritten_and_a_finished_one_stays(train):
@@ -133,7 +134,7 @@ def test_init_starts_from_the_weights_of_another_run(train, capsys):
     """All weights match, and the first loss is another than from random weights."""
     run = train("first", "LONGITUDINAL_MIM_EPOCHS=1")
     other = train("second", "LONGITUDINAL_MIM_EPOCHS=1", words=["--init", run / LAST])
-    assert " weights matched, 0 not" in capsys.readouterr().out
+    assert " weights of the backbone matched, 0 not" in capsys.readouterr().out
     losses = [torch.load(path / LAST, weights_only=True)["history"][0]["train/loss"] for path in (run, other)]
     assert losses[0] != losses[1]
 
@@ -163,6 +164,7 @@ OPTIONS = [
     "UPDATE_EVERY_BATCHES=2", "DECODER_CHANNELS=[64, 48, 32, 24, 16]"]
 
 
+@pytest.mark.usefixtures("narrow_xray")
 def test_each_option_changes_the_run_and_the_run_ends(train, monkeypatch):
     """None crashes, and none leaves the numbers of the default run as they were."""
     monkeypatch.setattr(script_module, "write_history", lambda *values: None)      # pictures take their time
@@ -261,6 +263,7 @@ def test_training_and_validation_share_no_patient(constants, pairs):
     """The promise that every held-out figure rests on."""
     constants.TEST_FRACTION = 0.2
     constants.NUM_WORKERS = 0
-    train_set, val_set, _ = script_module.build_data(pairs, fast_dev_run=False)
+    loaders = script_module.build_data(pairs, fast_dev_run=False)[:2]
+    train_set, val_set = (loader.dataset for loader in loaders)
     assert len(train_set) + len(val_set) < len(find_cases(pairs))
     assert not {case.name[:3] for case in train_set.cases} & {case.name[:3] for case in val_set.cases}

@@ -11,10 +11,10 @@ from models.slice_nets import (
     KINDS,
     build_slice_model,
     encoder_of,
-    load_slice_weights,
     mask_channels,
     named_outputs,
 )
+from utils.checkpoint import load_part
 from utils.config import UserError
 
 SMALL = {"encoder": "plain", "depth": 2, "features": 4}
@@ -69,7 +69,7 @@ def test_a_run_of_any_kind_fills_what_it_has(source, target, tmp_path):
     options = {"encoder": "resnet18"} if "classify" in (source, target) else {}
     first, second = network(source, 1, **options), network(target, 2, **options)
     torch.save({"model_state_dict": first.state_dict()}, tmp_path / "run.pt")
-    matched, unmatched = load_slice_weights(second, tmp_path / "run.pt", optional=("head.",))
+    matched, unmatched = load_part(second, encoder_of(second), tmp_path / "run.pt", optional=("head.",))
     own, other = (encoder_of(model).state_dict() for model in (second, first))
     assert all(torch.equal(value, other[name]) for name, value in own.items() if not name.startswith("head."))
     assert set(matched) | set(unmatched) == set(second.state_dict()) and not set(matched) & set(unmatched)
@@ -85,8 +85,9 @@ def test_a_run_of_any_kind_fills_what_it_has(source, target, tmp_path):
 def test_a_run_with_another_encoder_is_refused(tmp_path):
     """Never a silently random backbone."""
     torch.save({"model_state_dict": network("classify").state_dict()}, tmp_path / "run.pt")
+    model = network("segment")
     with pytest.raises(UserError, match="90% are needed"):
-        load_slice_weights(network("segment"), tmp_path / "run.pt")
+        load_part(model, model.encoder, tmp_path / "run.pt")
 
 
 def test_a_classifier_needs_a_resnet():

@@ -197,6 +197,18 @@ def test_what_is_no_slice_in_a_dicom_folder_is_left_out_and_said(tmp_path):
                             "examples_rgb_color.dcm, ..."]
 
 
+def test_a_dicom_file_with_a_tag_of_another_size_is_left_out_and_said(tmp_path):
+    """Of two bytes one is left: pydicom finds out when the tag is asked for, not when it is read."""
+    write_series(tmp_path)
+    path = sorted(tmp_path.iterdir())[0]
+    data = path.read_bytes()
+    at = data.index(b"\x28\0\x10\0US")              # Rows
+    (tmp_path / "other.dcm").write_bytes(data[:at + 6] + b"\1\0" + data[at + 8:at + 9] + data[at + 10:])
+    series = read_series(tmp_path)
+    np.testing.assert_array_equal(series.data, STORED)
+    assert series.notes == ["1 DICOM file(s) without a grey slice left out: other.dcm"]
+
+
 def test_mixed_orientations_in_a_dicom_series_are_refused(tmp_path):
     """A stack of slices that cross each other is no volume."""
     write_series(tmp_path, each={number: {"ImageOrientationPatient": CORONAL} for number in range(3)})

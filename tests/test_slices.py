@@ -401,6 +401,17 @@ def test_masks_hold_the_named_classes_alone(tmp_path, values, classes, reason):
             read_mask(path, image, classes)
 
 
+def test_a_damaged_png_mask_is_noticed(tmp_path):
+    """Its checksums tell; decoding does not look at all of them."""
+    image, path = read_series(picture(tmp_path / "a.png")), tmp_path / "m.png"
+    Image.fromarray(np.resize([0, 1], (8, 9)).astype(np.uint8)).save(path, compress_level=0)
+    data = bytearray(path.read_bytes())
+    data[data.index(b"IDAT") + 15] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(BadFile, match="m.png: cannot be read"):
+        read_mask(path, image, ["cord"])
+
+
 def test_masks_of_palettes_bits_and_grey_colour(tmp_path):
     """Of a palette the numbers count; one bit and RGB of equal channels are 0 and 1; colours are refused."""
     image, numbers = read_series(picture(tmp_path / "a.png")), np.resize([0, 1], (8, 9))

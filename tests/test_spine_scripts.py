@@ -256,7 +256,7 @@ def test_a_run_that_gets_no_better_ends_early(no_curves, train_spine, capsys):
     run = train_spine("segment", "stale", "SPINE_EPOCHS=9", "SPINE_PATIENCE=2", "SPINE_LR=1e-12",
                       "USE_EMA=False", "SPINE_MONITOR=val/specificity")
     assert len(history(run, "segment")) == 3
-    assert "No better val/specificity in 2 epochs: the run ends" in capsys.readouterr().out
+    assert "No better val/specificity in 2 validations: the run ends" in capsys.readouterr().out
 
 
 def test_weights_of_other_projects_start_the_encoder(no_curves, train_spine, tmp_path, capsys):

@@ -7,6 +7,7 @@ import nibabel
 import numpy as np
 import pytest
 import torch
+from conftest import grid_coords
 from torch.utils.data import DataLoader
 
 from datasets.block_mask import VolumeBlockMask
@@ -15,7 +16,7 @@ from datasets.intensity import MODES, normalise
 from datasets.labels import read_labels
 from datasets.samplers import StudyAwareBatchSampler
 from datasets.studies import StudyDataset, ragged_collate, split_studies
-from datasets.tokens import TOKEN, grid_coords, tokenize, untokenize
+from datasets.tokens import TOKEN, tokenize, untokenize
 from utils.config import BadFile, UserError
 
 SIZE = (3, 2, 4)                                     # tokens of most series here

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
+from conftest import grid_coords
 
 from datasets.tokens import (
     TOKEN,
     crop_tokens,
     cut_tokens,
     draw_orientation,
-    grid_coords,
     orient,
     token_background,
     tokenize,

@@ -9,18 +9,23 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from models.segresnet import CONV, InstanceNorm
+from models.token_vit import TokenViT
 from models.vista import ENCODERS, Vista, pad_to_multiple
 from utils import distributed
 from utils.checkpoint import load_backbone, save_checkpoint
 from utils.config import UserError
 
 SMALL = {"num_classes": 6, "embedding": 5, "head_width": 8}
-FEATURES = {"vista3d": 4, "segresnet": 8}
+FEATURES = {"vista3d": 4, "segresnet": 8, "token_vit": 4}
 BOTH = [(dims, encoder) for dims in (2, 3) for encoder in ENCODERS]
+ALL = [*BOTH, (3, "token_vit")]
 
 
 def small_vista(dims=3, encoder="vista3d", seed=0, **options):
     torch.manual_seed(seed)
+    if encoder == "token_vit":
+        recompute = options.get("checkpoint_activations", False)
+        options["vit"] = TokenViT("custom", 48, 2, 2, checkpoint_activations=recompute)
     return Vista(dims, encoder, **{"features": FEATURES.get(encoder), **SMALL, **options})
 
 
@@ -87,7 +92,7 @@ def test_the_encoder_of_one_vista_starts_another_with_other_heads(tmp_path, enco
     assert all(torch.equal(old, new) for old, new in zip(heads, second.semantic.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("dims, encoder", BOTH)
+@pytest.mark.parametrize("dims, encoder", ALL)
 def test_images_of_any_size_keep_it(dims, encoder):
     """Thin volumes, odd sides and single voxels; in training too, where the deepest map is one voxel."""
     model = small_vista(dims, encoder).train()
@@ -138,7 +143,7 @@ def loss_of(output):
     return output["semantic"].square().mean() + output["embedding"].sin().mean()
 
 
-@pytest.mark.parametrize("dims, encoder", BOTH)
+@pytest.mark.parametrize("dims, encoder", ALL)
 @pytest.mark.parametrize("recompute", [False, True])
 def test_gradient_reaches_every_parameter(dims, encoder, recompute):
     """DDP waits for every gradient; a branch that is built but not used would hang it."""
@@ -148,7 +153,7 @@ def test_gradient_reaches_every_parameter(dims, encoder, recompute):
     assert not silent
 
 
-@pytest.mark.parametrize("dims, encoder", BOTH)
+@pytest.mark.parametrize("dims, encoder", ALL)
 def test_recomputing_activations_changes_memory_alone(dims, encoder):
     """Same output and gradients to the bit, and fewer bytes kept from forward to backward."""
     outputs, grads, kept = [], [], []
@@ -170,7 +175,7 @@ def test_recomputing_activations_changes_memory_alone(dims, encoder):
     assert kept[1] < 0.6 * kept[0], kept
 
 
-@pytest.mark.parametrize("dims, encoder", BOTH)
+@pytest.mark.parametrize("dims, encoder", ALL)
 def test_channels_last_and_bfloat16_give_the_same_answer(dims, encoder):
     """Training and inference use both for speed."""
     model, x = small_vista(dims, encoder).eval(), image(1, 1, *(16, 32, 19)[-dims:])
@@ -203,7 +208,7 @@ def one_rank(tmp_path):
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("encoder", ENCODERS)
+@pytest.mark.parametrize("encoder", [*ENCODERS, "token_vit"])
 @pytest.mark.parametrize("recompute", [False, True])
 def test_sharded_blocks_gather_what_they_need(one_rank, encoder, recompute):
     """A sharded block called otherwise than as a module would meet parameters that are not gathered."""
@@ -239,13 +244,12 @@ def test_training_lowers_the_loss_of_both_heads():
 def test_settings_that_do_not_exist_are_refused():
     """One line that names the constant."""
     for words, name in [({"encoder": "unet"}, "VISTA_ENCODER.*vista3d, segresnet"),
-                        ({"dims": 4}, "VISTA_DIMS is 4"),
                         ({"head_width": 12}, "VISTA_HEAD_WIDTH is 12"),
                         ({"encoder": "segresnet", "features": 12}, "VISTA_FEATURES")]:
         with pytest.raises(UserError, match=name):
             small_vista(**words)
     small_vista(features=6)                                     # the instance norm of "vista3d" takes any
-    with pytest.raises(UserError, match="VISTA_DIMS = 2"):
+    with pytest.raises(UserError, match="4 axes.*VISTA_SLICES"):
         small_vista(2)(image(1, 1, 16, 16, 16))
 
 

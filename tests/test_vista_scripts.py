@@ -296,10 +296,10 @@ def test_weights_of_monai_and_of_other_runs_start_the_network(train_vista, tmp_p
     peer = SegResNet(spatial_dims=3, in_channels=1, out_channels=8, init_filters=8)
     torch.save(peer.state_dict(), tmp_path / "monai.pt")
     train_vista("monai", "VISTA_EPOCHS=1", words=["--init", tmp_path / "monai.pt"])
-    assert " weights of the encoder matched, 0 not []; 0 of the heads" in capsys.readouterr().out
+    assert " weights of the backbone matched, 13 not ['semantic.0.weight'" in capsys.readouterr().out
     first = train_vista("first", "VISTA_EPOCHS=1")
     train_vista("second", "VISTA_EMBEDDING=8", words=["--init", first / f"{KIND}_last.pt", "--fast-dev-run"])
-    assert " weights of the encoder matched, 0 not []" in capsys.readouterr().out
+    assert " weights of the backbone matched, 2 not ['instance.6.weight'" in capsys.readouterr().out
     with pytest.raises(UserError, match="0% of the model's weights"):
         train_vista("wider", "VISTA_FEATURES=16", words=["--init", first / f"{KIND}_last.pt"])
 

@@ -1,8 +1,6 @@
 """Decisions of a cascade on series of slices: votes, what goes on, which series there are, tables."""
 
-import csv
 import json
-import os
 from collections import Counter
 from fnmatch import fnmatchcase
 from typing import NamedTuple
@@ -12,6 +10,7 @@ import numpy as np
 from datasets.slice_lists import is_mask, stem_of
 from datasets.slice_series import left_out
 from utils.config import UserError, closest
+from utils.files import replacing
 
 VOTES = ("anatomy", "location_view", "sequence")     # the series has one class, by a vote of its slices
 MASKS = {"cord_mask": "cord", "lesion_mask": "lesion"}
@@ -147,20 +146,9 @@ def read_record(path, made_with):
 
 def write_record(path, made_with, files, row, slices):
     """Write what read_record reads, whole or not at all, and return it; files: names beside it."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(json.dumps({"made_with": made_with, "files": files, "row": row, "slices": slices}))
-    os.replace(temporary, path)
+    with replacing(path, "w") as file:
+        json.dump({"made_with": made_with, "files": files, "row": row, "slices": slices}, file)
     return {"row": row, "slices": slices}
-
-
-def write_table(path, columns, rows):
-    """Write a CSV file of rows, dicts, whole or not at all; what a row has not stays empty."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    with open(temporary, "w", newline="", errors="backslashreplace") as file:        # names may be no Unicode
-        writer = csv.DictWriter(file, columns, restval="")
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(temporary, path)
 
 
 def summary(rows):

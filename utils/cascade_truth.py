@@ -6,6 +6,7 @@ The table is series.csv of the demonstration data or one like it: a row for each
 masks lie beside the series as <name>_cord.nii.gz and <name>_lesion.nii.gz).  An empty cell is not known.
 """
 
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +18,8 @@ from datasets.slice_series import read_series, slices_along, spacing_of
 from datasets.splits import read_table
 from utils.cascade import MASKS, VOTES
 from utils.config import BadFile, UserError
-from utils.mask_metrics import MaskMetrics, table
+from utils.mask_metrics import DESCRIPTIONS, MaskMetrics
+from utils.tables import text_table
 
 FIGURES = ("dice", "iou", "hd95", "lesion_sensitivity", "lesion_false_positives")
 
@@ -46,9 +48,9 @@ def read_truth(path):
         for part in MASKS.values():
             named = row.get(f"{part}_mask")
             mask = Path(path).parent / named if named else Path(stem_of(str(place)) + f"_{part}.nii.gz")
-            if named and not mask.exists():
+            if named and not os.path.exists(mask):
                 raise UserError(f"--truth {path}, line {line}: {mask}: no such file")
-            if mask.exists() and (named or f"{part}_mask" not in row):
+            if os.path.exists(mask) and (named or f"{part}_mask" not in row):
                 masks[part] = mask
         if row.get("lesion", "") not in ("", "0", "1"):
             raise UserError(f'--truth {path}, line {line}: lesion "{row["lesion"]}": must be 0, 1 or empty')
@@ -168,7 +170,8 @@ def report_truth(results, entries, truths, kept, names, folder, axis):
     if parts:
         counts = ", ".join(f"{part} {len(metrics[part].cases)}" for part in parts)
         lines += [f"masks of the series looked for, stopped ones as empty ({counts} series):",
-                  table({part: {name: values[name] for name in FIGURES} for part, values in parts.items()})]
+                  text_table({part: {name: values[name] for name in FIGURES}
+                              for part, values in parts.items()}, DESCRIPTIONS)]
     called, true = lesions_called(results, truths, kept, seen) if "lesion_mask" in names else ([], [])
     if called:
         values = dict(zip(("F1", "precision", "recall"), f1_of(called, true), strict=True))

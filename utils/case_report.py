@@ -4,35 +4,25 @@ results: dict case -> (outputs [C], labels [L]): float32 on the CPU, as ``utils.
 them for the word of a loss; NaN = unknown.
 """
 
-import csv
-
 import torch
 
-from utils.classification import Interval, bootstrap, confusion_figure, rates, roc_figure, table
-from utils.mask_metrics import table as mask_table
+from utils import mask_metrics
+from utils.classification import DESCRIPTIONS, bootstrap, confusion_figure, confusion_rates, roc_figure
+from utils.intervals import draw_units, intervals
 from utils.photo_metrics import PhotoMetrics, calibration_figure, class_table
 from utils.photo_sheet import photo_sheet
 from utils.scores import beside
 from utils.slice_sheet import slice_sheet
+from utils.tables import text_table, write_csv
 
 UNITS = {"patient": "patients", "series": "series", "slice": "slices"}        # what may be resampled
 
 
-def write_rows(path, rows):
-    """Write dicts with the same keys as a CSV; nan is empty."""
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows({key: "" if value != value else value for key, value in row.items()} for row in rows)
-
-
 def write_figures(path, figures):
     """Write a dict name -> Interval as metrics.csv; nothing where it is empty."""
-    if not figures:
-        return
-    with open(path, "w", newline="") as file:
-        csv.writer(file).writerows([("figure", "value", "low", "high", "undefined_resamples"),
-                                    *((name, *figure) for name, figure in figures.items())])
+    if figures:
+        write_csv(path, ("figure", "value", "low", "high", "undefined_resamples"),
+                  [(name, *figure) for name, figure in figures.items()])
 
 
 def write_predictions(path, case, word, names, results, patients=None):
@@ -40,18 +30,17 @@ def write_predictions(path, case, word, names, results, patients=None):
 
     For classes, also the predicted one.  case: what it is; patients: dict case -> patient, for a column.
     """
-    with open(path, "w", newline="") as file:
-        writer = csv.writer(file)
-        columns = [f"true {name}" for name in names] if word != "ce" else ["predicted class", "true class"]
-        writer.writerow([case, *(["patient"] if patients else []), *(f"predicted {name}" for name in names),
-                         *columns])
-        for name, (outputs, truth) in sorted(results.items()):
-            predicted = {"bce": outputs.sigmoid(), "ce": outputs.softmax(0)}.get(word, outputs).tolist()
-            answers = [names[outputs.argmax()]] if word == "ce" else []
-            answers += ["" if value != value else names[int(value)] if word == "ce" else f"{value:g}"
-                        for value in truth.tolist()]
-            writer.writerow([name, *([patients[name]] if patients else []),
-                             *(f"{value:.4f}" for value in predicted), *answers])
+    columns = ["predicted class", "true class"] if word == "ce" else [f"true {name}" for name in names]
+    rows = []
+    for name, (outputs, truth) in sorted(results.items()):
+        predicted = {"bce": outputs.sigmoid(), "ce": outputs.softmax(0)}.get(word, outputs).tolist()
+        answers = [names[outputs.argmax()]] if word == "ce" else []
+        answers += ["" if value != value else names[int(value)] if word == "ce" else f"{value:g}"
+                    for value in truth.tolist()]
+        rows.append([name, *([patients[name]] if patients else []),
+                     *(f"{value:.4f}" for value in predicted), *answers])
+    write_csv(path, [case, *(["patient"] if patients else []), *(f"predicted {name}" for name in names),
+                     *columns], rows)
 
 
 def labelled(results):
@@ -71,7 +60,7 @@ def report_figures(output, title, word, names, results, intervals):
     if not cases:
         return {}
     figures = intervals(cases, outputs, labels)
-    print(f"95 % intervals of {title[1]}\n{table({title[0]: figures})}")
+    print(f"95 % intervals of {title[1]}\n{text_table({title[0]: figures}, DESCRIPTIONS)}")
     if "auroc" in figures:
         roc_figure(output / "roc.png", word, names, outputs, labels, figures)
     if word == "ce":
@@ -106,9 +95,10 @@ def report_masks(output, title, metrics, figures, masks, worst):
     metrics: a MaskMetrics; figures: its bootstrap; title: as for ``report_figures``.  masks: case -> (image,
     true, predicted) [H, W], for the ``worst`` cases by their lowest Dice; of equal ones the larger first.
     """
-    print(f"95 % intervals of {title[1]}\n{mask_table({title[0]: figures})}")
+    print(f"95 % intervals of {title[1]}\n{text_table({title[0]: figures}, mask_metrics.DESCRIPTIONS)}")
     rows = metrics.per_case()
-    write_rows(output / "masks.csv", rows)
+    write_csv(output / "masks.csv", list(rows[0]), [
+        {key: "" if value != value else value for key, value in row.items()} for row in rows])
     lowest, rows = {}, [row for row in rows if row["dice"] == row["dice"]]   # nan: rightly nothing was found
     for row in sorted(rows, key=lambda row: (row["dice"], -row["true_voxels"] - row["pred_voxels"])):
         lowest.setdefault(row["case"], row["dice"])
@@ -159,41 +149,28 @@ def report_slices(output, split, names, metrics, results, look, resamples, unit,
     write_figures(output / "metrics.csv", beside(classes, masks))
 
 
-def class_intervals(names, outputs, labels, units, generator, resamples=1000, level=0.95):
+def class_intervals(names, outputs, labels, units, generator, resamples=1000):
     """Percentile interval of figures of classes, over units drawn with replacement, with all their cases.
 
     outputs [N, C], labels [N, 1]; units: N names, such as the patients; generator: torch.Generator.  Returns
-    a dict of Intervals as ``confusion_figures`` names them; bounds are nan for a single unit, see
-    mask_metrics.bootstrap.
+    a dict of Intervals as ``confusion_figures`` names them.
     """
-    groups = sorted(set(units))
-    place = {unit: number for number, unit in enumerate(groups)}
-    where = (torch.tensor([place[unit] for unit in units]), labels[:, 0].long(), outputs.argmax(1))
-    counts = torch.zeros(len(groups), len(names), len(names), dtype=torch.float64)
-    counts.index_put_(where, torch.ones(len(labels), dtype=torch.float64), accumulate=True)
-    drawn = torch.randint(len(groups), (resamples, len(groups)), generator=generator)
-    weights = torch.zeros(resamples, len(groups), dtype=torch.float64)
-    weights.scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.float64))
-    spread = confusion_figures(names, torch.einsum("rp,pij->rij", weights, counts))
-    tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
-    figures = {}
-    for name, value in confusion_figures(names, counts.sum(0, keepdim=True)).items():
-        values = spread[name] if len(groups) > 1 else torch.full_like(spread[name], torch.nan)
-        figures[name] = Interval(value.item(), *torch.nanquantile(values, tails).tolist(),
-                                 values.isnan().sum().item())
-    return figures
+    groups, weights = draw_units(units, resamples, generator)
+    counts = torch.zeros(weights.shape[1], len(names), len(names), dtype=torch.float64)
+    counts.index_put_((groups, labels[:, 0].long(), outputs.argmax(1)),
+                      torch.ones(len(labels), dtype=torch.float64), accumulate=True)
+    whole = {name: value.item() for name, value in confusion_figures(names, counts.sum(0)).items()}
+    return intervals(whole, confusion_figures(names, torch.einsum("rp,pij->rij", weights, counts)))
 
 
 def confusion_figures(names, confusion):
-    """Figures of confusion matrices float64 [R, C, C], rows the true class -> dict of float64 [R].
+    """Figures of confusion matrices float64 [..., C, C], rows the true class -> dict of float64 [...].
 
     accuracy, balanced_accuracy and f1_macro as PhotoMetrics has them; recall, precision and f1 of each class
     by its name, as "recall/cord".
     """
-    tp, predicted, true = confusion.diagonal(dim1=1, dim2=2), confusion.sum(1), confusion.sum(2)
-    total = confusion.sum((1, 2))
-    each = rates(tp, predicted - tp, total[:, None] - predicted - true + tp, true - tp)
-    figures = {"accuracy": tp.sum(1) / total, "balanced_accuracy": each["recall"].nanmean(1),
-               "f1_macro": each["f1"].nanmean(1)}
-    return figures | {f"{key}/{name}": each[key][:, k] for k, name in enumerate(names)
+    each, right = confusion_rates(confusion), confusion.diagonal(dim1=-2, dim2=-1).sum(-1)
+    figures = {"accuracy": right / confusion.sum((-2, -1)), "balanced_accuracy": each["recall"].nanmean(-1),
+               "f1_macro": each["f1"].nanmean(-1)}
+    return figures | {f"{key}/{name}": each[key][..., k] for k, name in enumerate(names)
                       for key in ("recall", "precision", "f1")}

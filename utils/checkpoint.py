@@ -1,6 +1,6 @@
 """Checkpoints: one flat dict per file, written whole or not at all, and read without running code."""
 
-import os
+import hashlib
 import pickle
 import re
 import shutil
@@ -8,7 +8,6 @@ import struct
 import warnings
 import zipfile
 import zlib
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -17,39 +16,21 @@ from safetensors.torch import load_file
 
 from utils.config import BadFile, UserError
 from utils.distributed import unwrap
+from utils.files import replacing
+from utils.foreign import deeper, familiar_names, fit, weights_file
 from utils.states import load_model_state, model_state
 
 FORMAT_VERSION = 1
 REQUIRED = ("kind", "model_state_dict", "format_version")
 WEIGHTS = ("ema_state_dict", "teacher_state_dict", "model_state_dict", "state_dict", "model")
+# What wraps a network and is no part of its layers' names; the last is models.photo's.
+WRAPPERS = ("module.", "_orig_mod.", "network.")
+# Where a backbone stands in the runs of these scripts, and in VISTA3D's file.
+PREFIXES = ("", "encoder.", "backbone.", "encoder.vit.", "image_encoder.")
 # What torch, zipfile and safetensors raise on bytes that are no tensor file, or no longer one.
 UNREADABLE = (
     OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, AssertionError,
     OverflowError, pickle.UnpicklingError, struct.error, zipfile.BadZipFile, zlib.error, SafetensorError)
-
-
-@contextmanager
-def _replacing(path):
-    """Open a temporary file beside ``path``, which takes its place at the end, and only then.
-
-    A run killed at any moment leaves the earlier file whole.  Raises UserError when it cannot be written.
-    """
-    temporary = Path(f"{path}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
-        # torch's zip writer turns a failed write into a RuntimeError that names its source file.
-        if not isinstance(error, OSError) and "inline_container" not in str(error):
-            raise
-        reason = getattr(error, "strerror", None) or "the disk may be full"
-        raise UserError(f"{path}: cannot be written ({reason}); free space or use another folder") from error
-    finally:
-        if temporary.is_file():
-            temporary.unlink()
 
 
 def save_checkpoint(path, **entries):
@@ -58,7 +39,7 @@ def save_checkpoint(path, **entries):
     Entries are tensors, numbers, strings, None, and lists, tuples and dicts of these.  Raises UserError when
     the file cannot be written, and TypeError for entries that load_checkpoint would refuse.
     """
-    with _replacing(path) as file:
+    with replacing(path) as file:
         torch.save({**entries, "format_version": FORMAT_VERSION}, file)
         file.flush()
         foreign = torch.serialization.get_unsafe_globals_in_checkpoint(file.name)
@@ -68,15 +49,15 @@ def save_checkpoint(path, **entries):
 
 def copy_checkpoint(source, target):
     """Copy a file in one atomic step.  Raises UserError when ``target`` cannot be written."""
-    with open(source, "rb") as reader, _replacing(target) as file:
+    with open(source, "rb") as reader, replacing(target) as file:
         shutil.copyfileobj(reader, file, 1 << 20)
 
 
-def load_checkpoint(path, kind=None):
+def load_checkpoint(path, *kinds):
     """The dict that save_checkpoint wrote, on the CPU; nothing in the file is executed.
 
-    kind: word that the checkpoint's own must equal; None takes any.  Raises BadFile for a missing, damaged or
-    foreign file, UserError for another kind or a newer format.
+    kinds: words, of which the checkpoint's own must be one; none: it may be any.  Raises BadFile for a
+    missing, damaged or foreign file, UserError for another kind or a newer format.
     """
     entries = _read(path)
     missing = [key for key in REQUIRED if not isinstance(entries, dict) or key not in entries]
@@ -86,18 +67,24 @@ def load_checkpoint(path, kind=None):
     if entries["format_version"] > FORMAT_VERSION:
         raise UserError(f"{path}: written in format {entries['format_version']}, this version reads up to "
                         f"{FORMAT_VERSION}; update the repository")
-    if kind is not None and entries["kind"] != kind:
-        raise UserError(f"{path}: a checkpoint of kind {entries['kind']}, not {kind}; "
+    if kinds and entries["kind"] not in kinds:
+        raise UserError(f"{path}: a checkpoint of kind {entries['kind']}, not {' or '.join(kinds)}; "
                         "name another file or use the script that wrote it")
     return entries
 
 
+def digest_of(path):
+    """SHA-256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def _read(path, bare=False):
-    """What a .pt file holds, or with ``bare`` also a .safetensors or an old .pth without a zip archive.
+    """What a .pt file holds, or with ``bare`` also a .safetensors, a folder of it, or a .pth without archive.
 
     Raises BadFile.  torch alone does not notice flipped bits in tensors; the archive's checksums do.
     """
-    path = Path(path)
+    path = weights_file(path) if bare else Path(path)
     if not path.is_file():
         raise BadFile(f"{path}: {'a folder, not a checkpoint' if path.is_dir() else 'no such file'}; "
                       "name an existing .pt file")
@@ -131,7 +118,7 @@ def newest_sound(folder, kind):
     steps, damaged = {}, []
     for path in paths:
         try:
-            steps[path] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["step"]
+            steps[path] = int(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["step"])
         except UNREADABLE:
             damaged.append(path)
     # A stable sort: of equal steps the earlier in ``paths`` is taken, _last before its copies.
@@ -175,29 +162,53 @@ def prune_epochs(folder, kind, history, keep_top, every, metric="val/loss", high
 def load_backbone(model, path, remove_prefix="", minimum=0.9, prefer=WEIGHTS, optional=()):
     """Start ``model`` from the weights in ``path``, as far as names and shapes agree.
 
-    path: .pt, .pth or .safetensors with a state dict or a checkpoint, of which the first entry named in
-    ``prefer`` counts; averaged weights come first by default.
-    Leading ``module.``, ``_orig_mod.`` and ``remove_prefix`` are taken off the file's names; where two names
-    become one, that which had the prefix counts.  Returns (matched, unmatched), names in the model's state.
+    path: .pt, .pth, .bin or .safetensors with a state dict or a checkpoint, of which the first entry named in
+    ``prefer`` counts, averaged weights coming first by default; or a Hugging Face folder.  Names and shapes
+    of other libraries are turned into ours (utils.foreign).
+    WRAPPERS and ``remove_prefix`` are taken off the file's names; where two names become one, that which had
+    the prefix counts.  Without ``remove_prefix`` that of PREFIXES is taken which finds most.  Returns
+    (matched, unmatched), names in the model's state.
     Raises BadFile for an unreadable file, and UserError when the matched parameters hold less than
-    ``minimum`` of the model's weights; those whose names begin with one of ``optional`` do not count.
+    ``minimum`` of the model's weights, or are a part of a deeper network; parameters whose names begin with
+    one of ``optional`` do not count.  minimum 0: anything goes.
     """
-    weights = _clean_names(_find_weights(_read(path, bare=True), path, prefer), remove_prefix)
     state = model_state(model)
-    matched = [name for name, value in state.items()
-               if name in weights and isinstance(value, torch.Tensor) and weights[name].shape == value.shape]
-    unmatched = [name for name in state if name not in set(matched)]
     sizes = {name.replace("_orig_mod.", ""): parameter.numel()
              for name, parameter in unwrap(model).named_parameters()}
     counted = {name: size for name, size in sizes.items() if not name.startswith(tuple(optional))}
-    share = sum(counted.get(name, 0) for name in matched) / sum(counted.values())
-    if share < minimum:
+
+    def share(found):
+        return sum(counted.get(name, 0) for name in found) / sum(counted.values())
+
+    entries = familiar_names(_find_weights(_read(path, bare=True), path, prefer))
+    files = [_clean_names(entries, prefix) for prefix in ([remove_prefix] if remove_prefix else PREFIXES)]
+    weights, found = max(((file, _fitting(state, file)) for file in files), key=lambda pair: share(pair[1]))
+    unmatched = [name for name in state if name not in found]
+    if share(found) < minimum:
         raise UserError(
-            f"{path}: only {share:.0%} of the model's weights are found, {minimum:.0%} are needed; "
+            f"{path}: only {share(found):.0%} of the model's weights are found, {minimum:.0%} are needed; "
             f"missing: {', '.join(unmatched[:3])}; the file has: {', '.join(list(weights)[:3])}; "
             "use the same model settings, or --remove_prefix")
-    load_model_state(model, {**state, **{name: weights[name] for name in matched}})
-    return matched, unmatched
+    if minimum and (name := deeper(unwrap(model), weights)):
+        raise UserError(f"{path}: has {name}, which the network has not, though it has what is before: "
+                        "the file is of a deeper network; use the same model settings")
+    load_model_state(model, {**state, **found})
+    return list(found), unmatched
+
+
+def load_part(model, part, path, remove_prefix="", optional=()):
+    """Start ``model`` from a file that must have ``part`` of it, and may have the rest.
+
+    Returns (matched, unmatched), names in the whole model's state.  Raises as ``load_backbone`` does for
+    ``part``, a module of ``model`` or ``model`` itself; optional: beginnings of names in it.
+    """
+    matched, unmatched = load_backbone(part, path, remove_prefix, optional=optional)
+    if part is model:
+        return matched, unmatched
+    prefix = next(name for name, module in model.named_modules() if module is part)
+    rest, missing = load_backbone(model, path, remove_prefix, minimum=0.0)
+    matched = {f"{prefix}.{name}" for name in matched} | set(rest)
+    return sorted(matched), [name for name in missing if name not in matched]
 
 
 def _find_weights(entries, path, prefer):
@@ -210,14 +221,27 @@ def _find_weights(entries, path, prefer):
 
 def _clean_names(state, remove_prefix):
     """Tensors of ``state`` under their names without wrappers' prefixes and ``remove_prefix``."""
-    plain, prefixed = {}, {}
+    plain, prefixed, remove_prefix = {}, {}, _unwrapped(remove_prefix)
     for name, value in state.items():
         if not isinstance(value, torch.Tensor):
             continue
-        while name.startswith(("module.", "_orig_mod.")):
-            name = name.split(".", 1)[1]
+        name = _unwrapped(name)
         if remove_prefix and name.startswith(remove_prefix):
-            prefixed[name.removeprefix(remove_prefix).removeprefix(".")] = value
+            prefixed[_unwrapped(name.removeprefix(remove_prefix).removeprefix("."))] = value
         else:
             plain[name] = value
     return {**plain, **prefixed}
+
+
+def _unwrapped(name):
+    """A name in a state without wrappers' prefixes."""
+    while name.startswith(WRAPPERS):
+        name = name.split(".", 1)[1]
+    return name
+
+
+def _fitting(state, weights):
+    """{name in ``state``: tensor of ``weights`` in its shape}, where there is one."""
+    found = {name: fit(weights[_unwrapped(name)], value.shape) for name, value in state.items()
+             if isinstance(value, torch.Tensor) and _unwrapped(name) in weights}
+    return {name: value for name, value in found.items() if value is not None}

@@ -5,9 +5,7 @@
 out label by label.  ``names``: of the labels, for "ce" of the classes.
 """
 
-import math
 from itertools import product
-from typing import NamedTuple
 
 import torch
 from matplotlib.figure import Figure
@@ -20,7 +18,9 @@ from torchmetrics.functional.classification import (
 
 from utils.config import UserError
 from utils.distributed import gather_rows
+from utils.intervals import intervals
 from utils.plotting import save_figure
+from utils.tables import cell
 
 MISSING = -1                    # of a label as an integer
 
@@ -67,28 +67,16 @@ class StudyMetrics:
         return {name: values.item() for name, values in figures.items()}
 
 
-class Interval(NamedTuple):
-    """A figure, its bootstrap interval, and the number of resamples in which it is undefined."""
-
-    value: float
-    low: float
-    high: float
-    left_out: int
-
-
 def bootstrap(word, names, logits, labels, generator, resamples=1000, level=0.95):
     """Percentile interval of every figure, over studies drawn with replacement.
 
     logits [N, C], labels [N, L] on the CPU, as ``StudyMetrics`` holds them; generator: torch.Generator.
-    Returns dict name -> Interval, its bounds nan where no resample has the figure.
-    Efron & Tibshirani 1993, An Introduction to the Bootstrap, ch. 13.
+    Returns dict name -> utils.intervals.Interval.
     """
     whole = study_figures(word, names, logits, labels, torch.arange(len(logits))[None])
     index = torch.randint(len(logits), (resamples, len(logits)), generator=generator)
     drawn = study_figures(word, names, logits, labels, index)
-    tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
-    return {name: Interval(value.item(), *torch.nanquantile(drawn[name], tails).tolist(),
-                           drawn[name].isnan().sum().item()) for name, value in whole.items()}
+    return intervals({name: value.item() for name, value in whole.items()}, drawn, level)
 
 
 def study_figures(word, names, logits, labels, rows):
@@ -166,6 +154,15 @@ def rates(tp, fp, tn, fn):
     return {name: torch.where(defined, values, torch.nan) for name, values in figures.items()}
 
 
+def confusion_rates(confusion):
+    """``rates`` of each class against the rest -> dict of [..., C].
+
+    confusion: float64 [..., C, C], rows the true class, columns the predicted one.
+    """
+    tp, predicted, true = confusion.diagonal(dim1=-2, dim2=-1), confusion.sum(-2), confusion.sum(-1)
+    return rates(tp, predicted - tp, confusion.sum((-2, -1))[..., None] - predicted - true + tp, true - tp)
+
+
 def calibration_bins(confidence, right, bins=15):
     """Number, summed confidence and right ones of the cases in each interval of confidence.
 
@@ -196,31 +193,6 @@ def regression_figures(predictions, labels):
     spread = (labels - labels.nanmean(0)).square().nanmean(0)
     return {"mae": error.abs().nanmean(0), "rmse": square.sqrt(),
             "r2": torch.where(spread > 0, 1 - square / spread, torch.nan)}
-
-
-def table(rows):
-    """Aligned text table: a line per figure, a column per name.
-
-    rows: dict name -> dict of figures, floats or Intervals; missing and nan ones show as "-".
-    """
-    figures = list(dict.fromkeys(figure for row in rows.values() for figure in row))
-    cells = {name: [cell(row.get(figure, math.nan)) for figure in figures] for name, row in rows.items()}
-    widths = {name: max(len(name), *map(len, column)) for name, column in cells.items()}
-    label = max(map(len, figures))
-    lines = [" " * label + "".join(f"  {name:>{widths[name]}}" for name in rows)]
-    for i, figure in enumerate(figures):
-        values = "".join(f"  {column[i]:>{widths[name]}}" for name, column in cells.items())
-        meaning = "" if "/" in figure else f"   {DESCRIPTIONS[figure]}"
-        lines.append(f"{figure:<{label}}{values}{meaning}")
-    return "\n".join(lines)
-
-
-def cell(figure):
-    """``0.912``, ``0.912 (0.850 to 0.960)`` for an Interval, or ``-`` where it is nan."""
-    value, *bounds = figure[:3] if isinstance(figure, Interval) else (figure,)
-    if math.isnan(value):
-        return "-"
-    return f"{value:.3f}" + (f" ({bounds[0]:.3f} to {bounds[1]:.3f})" if bounds else "")
 
 
 def roc_figure(path, word, names, logits, labels, figures):

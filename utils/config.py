@@ -3,11 +3,13 @@
 import argparse
 import ast
 import difflib
+import errno
 import json
 import os
 import platform
 import subprocess
 import sys
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -16,8 +18,14 @@ PACKAGES = ("torch", "torchvision", "numpy", "transformers", "kornia")       # v
 # Constants by the ends of their names: the least value that makes sense, and rates that cannot be 0.
 LEAST = {"SAVE_EVERY_EPOCHS": 0, "FREEZE_EPOCHS": 0, "_EPOCHS": 1, "BATCH_SIZE": 1, "EVERY_BATCHES": 1,
          "NUM_WORKERS": 0, "SEED": 0, "KEEP_TOP_K": 0, "SAMPLES_PER_EPOCH": 0, "PROBE_EVERY": 0, "_DEPTH": 1,
-         "PROJECTION_DIM": 1, "_PATIENCE": 0, "SPECTRAL_CHANNELS": 0, "HASH_DISTANCE": -1}
-PEAK_RATES = ("MAX_LR", "JEPA_LR", "MIL_LR", "GAN_LR", "SIMCLR_LR", "HVIT_LR", "LAYER_DECAY")
+         "PROJECTION_DIM": 1, "_PATIENCE": 0, "SPECTRAL_CHANNELS": 0, "HASH_DISTANCE": -1,
+         "VAL_EVERY": 1, "VAL_CROPS": 1, "CROPS_PER_EPOCH": 1}
+PEAK_RATES = ("MAX_LR", "JEPA_LR", "MIL_LR", "GAN_LR", "VISTA_LR", "SIMCLR_LR", "HVIT_LR", "SPINE_LR",
+              "LAYER_DECAY")
+
+
+# Of a disk that is full, or that may not be written to.
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 class UserError(Exception):
@@ -34,7 +42,7 @@ def run_script(main):
 
 
 def exit_code(main):
-    """Call ``main``; 0, or after one line on stderr 2 for a UserError and 130 for Ctrl-C.
+    """Call ``main``; 0, or after one line on stderr 2 for a UserError or a full disk and 130 for Ctrl-C.
 
     An error raised in a data-loading process arrives with that process's traceback in front, whose last line
     is the message.
@@ -47,6 +55,12 @@ def exit_code(main):
             line = line.removeprefix(f"{kind.__module__}.{kind.__name__}: ")
         print(f"error: {line}", file=sys.stderr, flush=True)
         return 2
+    except OSError as error:                         # of tables and pictures, whose writers do not say it
+        if error.errno not in UNWRITABLE:
+            raise
+        print(f"error: {error.filename or 'a file'}: cannot be written ({error.strerror}); free space or use "
+              "another folder", file=sys.stderr, flush=True)
+        return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         return 130
@@ -57,18 +71,21 @@ def exit_code(main):
 
 def training_parser(doc):
     """The command line that every training script shares; ``doc`` is the script's docstring."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-c", "--checkpoint", metavar="PATH|auto",
-                        help="resume from this file; auto: from the run's newest sound checkpoint, or start")
-    parser.add_argument("-n", "--save_name", metavar="NAME",
-                        help="folder of the run (default: the checkpoint's, or the script's kind and time)")
-    parser.add_argument("-p", "--preset", metavar="NAME", help="a name in PRESETS of constants.py")
-    parser.add_argument("--data", metavar="DIR", help="training data (default: demo data, made when missing)")
-    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE",
-                        help="override constants.py")
-    parser.add_argument("--init", metavar="PATH", help="start from the weights of another run")
-    parser.add_argument("--remove_prefix", default="", help="with --init: cut this from the weights' names")
-    parser.add_argument("--fast-dev-run", action="store_true", help="one training and one validation batch")
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=42))
+    add = parser.add_argument
+    add("-c", "--checkpoint", metavar="PATH|auto",
+        help="resume; auto: run -n's newest sound one, if any (default: start)")
+    add("-n", "--save_name", metavar="NAME",
+        help="folder of the run (default: the checkpoint's, or kind and time)")
+    add("-p", "--preset", metavar="NAME", help="of PRESETS in constants.py (default: none)")
+    add("--data", metavar="PATH", help="training data (default: demo data, made when missing)")
+    add("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE",
+        help="override constants.py and the preset (default: nothing)")
+    add("--init", metavar="PATH", help="start from other weights (default: random ones)")
+    add("--remove_prefix", default="", metavar="PREFIX",
+        help="of names in --init's file (default: the one that fits most)")
+    add("--fast-dev-run", action="store_true", help="one training and one validation batch")
     return parser
 
 

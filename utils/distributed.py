@@ -20,12 +20,21 @@ from utils.config import UserError
 STRATEGIES = ("ddp", "zero2", "fsdp")
 
 
-def setup_distributed():
-    """Join torchrun's process group if there is one; return this process's device."""
+def setup_distributed(word=None):
+    """Join torchrun's process group if there is one; return this process's device, or that of ``word``.
+
+    word: such as "cpu", as the scripts' --device takes it.  Raises UserError for one that is not there.
+    """
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
+    if word:
+        try:
+            torch.empty(0, device=word)
+            device = torch.device(word)
+        except (RuntimeError, AssertionError) as error:         # the latter: torch was built without CUDA
+            raise UserError(f"--device {word}: torch has no such device here; leave it out") from error
     if "RANK" in os.environ and not dist.is_initialized():
         # Gloo stands beside NCCL so that flags on the CPU are reduced without waiting for the GPU.
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
@@ -47,6 +56,12 @@ def is_main():
     return rank() == 0
 
 
+def say(line):
+    """Print from the main process."""
+    if is_main():
+        print(line)
+
+
 def barrier():
     """Collective: return once every rank has come here."""
     any_rank([False])
@@ -58,7 +73,7 @@ def cleanup():
         dist.destroy_process_group()
 
 
-def shard(model, strategy, find_unused=False):
+def shard(model, strategy):
     """Spread ``model`` over the ranks; collective.  One process gets the model back as it is.
 
     "ddp": a full copy per rank, gradients averaged (DistributedDataParallel); a model of which nothing is
@@ -68,7 +83,7 @@ def shard(model, strategy, find_unused=False):
     The last two use torch.distributed.fsdp.fully_shard and change ``model`` in place.  Rank 0's parameters
     and buffers go to all ranks first.  Create the optimizer and the EMA, and compile, after this call.  Under
     "zero2" and "fsdp" call the model itself, since only its forward gathers the parameters.
-    find_unused: "ddp" allows for parameters without a gradient.  Raises UserError for another word.
+    Raises UserError for another word.
     """
     if strategy not in STRATEGIES:
         raise UserError(f"STRATEGY = {strategy!r}: unknown; use one of {', '.join(STRATEGIES)}")
@@ -83,8 +98,7 @@ def shard(model, strategy, find_unused=False):
             return model
         # Newer releases rename broadcast_buffers; a 1x1 convolution's one layout has strides of two kinds.
         warnings.filterwarnings("ignore", ".*broadcast_buffers|Grad strides do not match")
-        return DistributedDataParallel(model, broadcast_buffers=False, find_unused_parameters=find_unused,
-                                       gradient_as_bucket_view=True)
+        return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
     module = unwrap(model)
     mesh = init_device_mesh(next(module.parameters()).device.type, (world_size(),))
     # A hundredth of the model is large enough to fill a message and small enough to be gathered ahead.

@@ -1,14 +1,13 @@
 """The numbers of a run: on the screen, in metrics.csv, TensorBoard and Weights & Biases."""
 
-import csv
 import importlib
-import os
 
 from tqdm import tqdm
 
 from utils.config import UserError
 from utils.distributed import is_main
 from utils.plotting import plot_detailed_curves, plot_loss_curves
+from utils.tables import write_csv
 
 
 def progress_bar(loader, name, first=0):
@@ -37,25 +36,14 @@ def epoch_line(row):
 
 
 def write_history(run_dir, history):
-    """Write metrics.csv, loss_curves.png and detailed_loss_curves.png of the epochs of ``history``."""
-    write_metrics_csv(run_dir / "metrics.csv", history)
+    """Write metrics.csv, loss_curves.png and detailed_loss_curves.png of the epochs of ``history``.
+
+    history: flat dicts, each a row of the table.  All is written again, so a resumed run never doubles a row.
+    A metric that an epoch lacks is empty.
+    """
+    write_csv(run_dir / "metrics.csv", list(dict.fromkeys(name for row in history for name in row)), history)
     plot_loss_curves(run_dir / "loss_curves.png", history)
     plot_detailed_curves(run_dir / "detailed_loss_curves.png", history)
-
-
-def write_metrics_csv(path, history):
-    """Write the epochs of ``history`` (a list of flat dicts) as one table, a row each.
-
-    The whole file is written again, so a resumed run never doubles a row.  A metric that an epoch lacks is
-    empty.
-    """
-    columns = list(dict.fromkeys(name for row in history for name in row))
-    temporary = f"{path}.tmp"
-    with open(temporary, "w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(history)
-    os.replace(temporary, path)
 
 
 class Trackers:
@@ -85,6 +73,7 @@ class Trackers:
         if self.tensorboard:
             for name, value in values.items():
                 self.tensorboard.add_scalar(name, value, step)
+            self.tensorboard.flush()                                   # a killed run has no close()
         if self.wandb:
             self.wandb.log(values, step=step)
 

@@ -19,15 +19,15 @@ take it from is nan; precision without a prediction is 0 where there was somethi
 
 import math
 
-import cc3d
 import edt
 import numpy as np
 import torch
 from scipy import ndimage
 
-from utils.classification import Interval, cell
 from utils.config import UserError
 from utils.distributed import gather, gather_rows
+from utils.intervals import draw_units, intervals
+from utils.metrics import component_overlap
 
 UNKNOWN = -1                     # of a mask: the voxel never counts
 # What is kept of each case and class, of the voxels that are known.
@@ -109,37 +109,27 @@ class MaskMetrics:
         Of several classes the plain name is the mean over those where the figure is defined, and each has
         its own as "dice/<name>".
         """
-        figures = self.weigh([0] * len(self.rows), torch.ones(1, 1, dtype=torch.float64))
+        figures = self.weigh(torch.zeros(len(self.rows), dtype=torch.int64),
+                             torch.ones(1, 1, dtype=torch.float64))
         return {name: values.item() for name, values in figures.items()}
 
     def bootstrap(self, generator, resamples=1000, units=None, level=0.95):
         """Percentile interval of every figure, over units drawn with replacement, with all their cases.
 
         generator: torch.Generator; units: a name for each of ``cases``; None: its patient.  Returns dict
-        name -> utils.classification.Interval; its bounds are nan where no resample has the figure, and for a
-        single unit, which resampling cannot change.
-        Cases of a patient are alike, so drawing cases would give too narrow an interval (Davison & Hinkley
-        1997, Bootstrap Methods and their Application, section 3.8).
+        name -> utils.intervals.Interval.
         """
-        units = self.patients if units is None else units
-        number = {unit: i for i, unit in enumerate(sorted(set(units)))}
-        drawn = torch.randint(len(number), (resamples, len(number)), generator=generator) \
-            if len(number) > 1 else torch.zeros(resamples, 0, dtype=torch.int64)
-        weights = torch.zeros(resamples, len(number), dtype=torch.float64)
-        weights.scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.float64))
-        figures = self.weigh([number[unit] for unit in units], weights)
-        tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
-        return {name: Interval(value, *torch.nanquantile(figures[name], tails).tolist(),
-                               figures[name].isnan().sum().item()) for name, value in self.compute().items()}
+        groups, weights = draw_units(self.patients if units is None else units, resamples, generator)
+        return intervals(self.compute(), self.weigh(groups, weights), level)
 
     def weigh(self, groups, weights):
         """Every figure with each group's cases taken ``weights`` [R, groups] times -> dict of float64 [R].
 
-        groups: N numbers, the group of each case.
+        groups: int64 [N], the number of each case's group.
         """
         if not len(self.rows):
             raise UserError("no masks to measure; check the masks and the split")
-        groups, figures = torch.tensor(groups), {}
+        figures = {}
         for name, parts in fractions(self.rows).items():
             above, below = (weights @ torch.zeros(weights.shape[1], len(self.names), dtype=torch.float64)
                             .index_add_(0, groups, part) for part in parts)             # [R, classes]
@@ -189,18 +179,11 @@ def measure(pred, true, known, spacing, found_share):
     pred, true, known: bool [H, W] or [D, H, W]; spacing: mm; found_share: see MaskMetrics.
     """
     pred = pred & known
-    found = covered_shares(true, pred) > found_share
-    false = covered_shares(pred, true) == 0
+    found = component_overlap(true, pred) > found_share
+    false = component_overlap(pred, true) == 0
     counts = (known, true, pred, pred & true)
     return [*(float(np.count_nonzero(mask)) for mask in counts), float(len(found)), float(found.sum()),
             float(len(false)), float(false.sum()), hausdorff(pred, true, spacing)]
-
-
-def covered_shares(mask, other):
-    """Share of each component of ``mask`` that ``other`` covers: bool [...] both -> float [components]."""
-    labels = cc3d.connected_components(mask.astype(np.uint8), connectivity=26)
-    area = np.bincount(labels.ravel())
-    return np.bincount(labels[other], minlength=len(area))[1:] / area[1:]
 
 
 def hausdorff(pred, true, spacing, percentile=95):
@@ -233,18 +216,3 @@ def fractions(rows):
             "precision": (has * called, called), "recall": (has * called, has),
             "f1": (2 * has * called, has + called), "specificity": ((1 - has) * (1 - called), 1 - has),
             "accuracy": (voxels - true - pred + 2 * both, voxels)}
-
-
-def table(rows):
-    """Aligned text table: a line per figure, a column per name.
-
-    rows: dict name -> dict of figures, floats or Intervals; missing and nan ones show as "-".
-    """
-    names = list(dict.fromkeys(figure for row in rows.values() for figure in row))
-    columns = [[name, *(cell(row.get(figure, math.nan)) for figure in names)] for name, row in rows.items()]
-    label, widths = max(map(len, names)), [max(map(len, column)) for column in columns]
-    lines = []
-    for i, figure in enumerate(["", *names]):
-        cells = "".join(f"  {column[i]:>{width}}" for column, width in zip(columns, widths, strict=True))
-        lines.append(f"{figure:<{label}}{cells}   {DESCRIPTIONS.get(figure, '')}".rstrip())
-    return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Metrics of signed change maps, summed over pairs and over ranks, and the table that shows them."""
+"""Metrics of signed change maps, summed over pairs and over ranks."""
 
 import math
 
@@ -109,12 +109,13 @@ def least_area(shape, min_area=None):
     return max(1, round(MIN_AREA_SHARE * math.prod(shape))) if min_area is None else min_area
 
 
-def component_overlap(mask, other, min_area):
-    """Share of each 8-connected component of ``mask`` that ``other`` covers.
+def component_overlap(mask, other, min_area=1):
+    """Share of each component of ``mask`` that ``other`` covers.
 
-    mask, other: bool [H, W] -> float [K], the K components of at least min_area pixels, in no set order.
+    mask, other: bool [H, W] or [D, H, W] -> float [K], the K components of at least min_area voxels, in no
+    set order.  They hang together by corners too: 8 neighbours in a plane, 26 in a volume.
     """
-    labels = cc3d.connected_components(mask.astype(np.uint8), connectivity=8)
+    labels = cc3d.connected_components(mask.astype(np.uint8), connectivity=26)
     area = np.bincount(labels.ravel())
     covered = np.bincount(labels[other], minlength=len(area))
     large = area >= min_area
@@ -141,19 +142,3 @@ def list_changes(diff, threshold, min_area):
                              "mean": float(sums[label]) / area})
     rows.sort(key=lambda row: -row["area_px"])
     return [{"component": i, **row} for i, row in enumerate(rows, 1)]
-
-
-def table(rows):
-    """Aligned text table: one line per metric, one column per name.
-
-    rows: dict name -> dict of metrics as ``compute`` returns it; figures that are missing or nan show as "-".
-    """
-    widths = [max(9, len(name)) for name in rows]
-    label = max(map(len, DESCRIPTIONS))
-    lines = [" " * label + "".join(f"  {name:>{width}}" for name, width in zip(rows, widths, strict=True))]
-    for metric, description in DESCRIPTIONS.items():
-        values = [row.get(metric, math.nan) for row in rows.values()]
-        cells = ("-" if math.isnan(value) else f"{value:.4f}" for value in values)
-        figures = "".join(f"  {cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
-        lines.append(f"{metric:<{label}}{figures}   {description}")
-    return "\n".join(lines)

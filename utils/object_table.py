@@ -1,8 +1,8 @@
 """Sizes and centres of the instances of a volume, slab by slab, and the table of them."""
 
-import csv
-
 import numpy as np
+
+from utils.tables import write_csv
 
 
 class ObjectTable:
@@ -31,11 +31,8 @@ class ObjectTable:
         Returns their number.
         """
         found = np.flatnonzero(self.sums[:, 0])
-        with open(path, "w", newline="") as file:
-            rows = csv.writer(file)
-            rows.writerow(("id", "class", "voxels", "z", "y", "x"))
-            for number in found:
-                voxels, *total = self.sums[number]
-                rows.writerow((number, self.classes[self.class_of[number]], int(voxels),
-                               *(f"{value / voxels:.2f}" for value in total)))
+        rows = ((number, self.classes[self.class_of[number]], int(self.sums[number, 0]),
+                 *(f"{value:.2f}" for value in self.sums[number, 1:] / self.sums[number, 0]))
+                for number in found)
+        write_csv(path, ("id", "class", "voxels", "z", "y", "x"), rows)
         return len(found)

@@ -11,6 +11,7 @@ FULL_STRENGTH = 0.4                             # |difference| from which a colo
 WEAKEST, STRONGEST = 0.25, 0.65                 # opacity at the threshold and at full strength
 PANEL_PIXELS = (320, 768)                       # shortest and longest height of a panel; others are resized
 GAP, CAPTION_HEIGHT = 4, 22                     # pixels between panels, and of the line of text above them
+LONGEST = 42                                    # characters that fit above a panel
 
 
 def overlay(prior, current, diff, truth=None, uncertainty=None, threshold=0.05):
@@ -38,7 +39,7 @@ def save_overlay(path, *args, **kwargs):
     Image.fromarray(overlay(*args, **kwargs)).save(path)
 
 
-def sample_sheet(path, rows, threshold=0.05):
+def sample_sheet(path, rows, threshold):
     """Write one picture with a row of panels for each (prior, current, target, prediction) of ``rows``.
 
     Images and maps as ``overlay`` takes them.
@@ -49,6 +50,11 @@ def sample_sheet(path, rows, threshold=0.05):
         maps = [tint(current, target, threshold), tint(current, pred, threshold)]
         strips.append(row([grey(prior), grey(current), *maps], captions if not strips else None))
     Image.fromarray(stack(strips)).save(path)
+
+
+def shortened(caption):
+    """A caption of at most LONGEST characters; of a longer one the end."""
+    return caption if len(caption) <= LONGEST else f"...{caption[3 - LONGEST:]}"
 
 
 def plain(image):

@@ -4,28 +4,29 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from utils.classification import calibration_bins, calibration_error, cell, rates
+from utils.classification import calibration_bins, calibration_error, confusion_rates
 from utils.config import UserError
 from utils.distributed import all_reduce_sum
 from utils.plotting import save_figure
+from utils.tables import cell
 
 
 class PhotoMetrics:
-    """Counts of all images so far, on the device and of a fixed size: exact for any batches and ranks.
+    """Counts of all images so far, on the CPU and of a fixed size: exact for any batches and ranks.
 
     names: of the C classes; bins: intervals of confidence for the calibration.
     confusion int64 [C, C]: rows the true class, columns the predicted one.  calibration float64 [3, bins]:
     as ``utils.classification.calibration_bins`` gives it.
     """
 
-    def __init__(self, names, device="cpu", bins=15):
+    def __init__(self, names, bins=15):
         self.names = list(names)
-        self.confusion = torch.zeros(len(self.names), len(self.names), dtype=torch.int64, device=device)
-        self.calibration = torch.zeros(3, bins, dtype=torch.float64, device=device)
+        self.confusion = torch.zeros(len(self.names), len(self.names), dtype=torch.int64)
+        self.calibration = torch.zeros(3, bins, dtype=torch.float64)
 
     @torch.no_grad()
     def update(self, logits, labels):
-        """Add images, without waiting for the device: logits [B, C], any float type; labels int64 [B].
+        """Add images: logits [B, C], any float type; labels int64 [B]; both on the CPU.
 
         Instead of logits the logarithms of probabilities will do, such as averaged ones.
         """
@@ -33,8 +34,8 @@ class PhotoMetrics:
             raise ValueError(f"logits {tuple(logits.shape)}, labels {tuple(labels.shape)}: "
                              f"not [B, {len(self.names)}] and [B]")
         predicted, confidence = logits.argmax(1), logits.double().softmax(1).amax(1)
-        # torchmetrics' confusion matrix is a bincount, for which a GPU makes the host wait.
-        self.confusion.view(-1).scatter_add_(0, labels * len(self.names) + predicted, torch.ones_like(labels))
+        cells = torch.bincount(labels * len(self.names) + predicted, minlength=self.confusion.numel())
+        self.confusion += cells.view_as(self.confusion)
         right = (predicted == labels).double()
         bins = self.calibration.shape[1]
         self.calibration += calibration_bins(confidence[:, None], right[:, None], bins)[..., 0]
@@ -53,7 +54,7 @@ class PhotoMetrics:
         """
         if not self.confusion.any():
             raise UserError("no images to measure; check the labels and the split")
-        figures = self.rates()
+        figures = confusion_rates(self.confusion.double())
         return {"accuracy": (self.confusion.trace().double() / self.confusion.sum()).item(),
                 "balanced_accuracy": figures["recall"].nanmean().item(),
                 "f1_macro": figures["f1"].nanmean().item(),
@@ -64,17 +65,11 @@ class PhotoMetrics:
 
         precision is 0 for a class never predicted; all three are nan for a class that does not occur.
         """
-        figures = self.rates()
+        figures = confusion_rates(self.confusion.double())
         columns = [figures[name].tolist() for name in ("precision", "recall", "f1")]
         return {name: {"precision": precision, "recall": recall, "f1": f1, "support": support}
                 for name, precision, recall, f1, support in
                 zip(self.names, *columns, self.confusion.sum(1).tolist(), strict=True)}
-
-    def rates(self):
-        """Figures of each class against the rest, as ``utils.classification.rates``: dict of float64 [C]."""
-        confusion = self.confusion.double()
-        tp, predicted, true = confusion.diagonal(), confusion.sum(0), confusion.sum(1)
-        return rates(tp, predicted - tp, confusion.sum() - predicted - true + tp, true - tp)
 
 
 def class_table(per_class):

@@ -4,9 +4,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from utils.overlay import row, stack
-
-LONGEST = 42                    # characters that fit above a panel
+from utils.overlay import row, shortened, stack
 
 
 def photo_sheet(path, pictures, columns=4):
@@ -15,7 +13,7 @@ def photo_sheet(path, pictures, columns=4):
     Images: tensors float [3, H, W] in [0, 1], or uint8, of one shape.  Of a long caption the end is shown.
     """
     panels = [panel(image) for image, _ in pictures]
-    captions = [text if len(text) <= LONGEST else f"...{text[3 - LONGEST:]}" for _, text in pictures]
+    captions = [shortened(text) for _, text in pictures]
     strips = [row(panels[start:start + columns], captions[start:start + columns])
               for start in range(0, len(panels), columns)]
     Image.fromarray(stack(strips)).save(path)

@@ -1,10 +1,11 @@
 """Loss curves of a run as PNGs, redrawn after each epoch."""
 
 import math
-import os
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+
+from utils.files import replacing
 
 COLOURS = {"train": "#3b6fb6", "val": "#d1602f"}
 
@@ -22,9 +23,10 @@ def plot_loss_curves(path, history):
     save_figure(figure, path)
 
 
-def plot_detailed_curves(path, history, skip=("epoch", "step", "seconds")):
+def plot_detailed_curves(path, history):
     """One panel for each metric of ``history``, training and validation together where both exist."""
-    names = list(dict.fromkeys(key.split("/", 1)[-1] for row in history for key in row if key not in skip))
+    names = list(dict.fromkeys(key.split("/", 1)[-1] for row in history for key in row
+                               if key not in ("epoch", "step")))
     columns = min(4, len(names))
     rows = math.ceil(len(names) / columns)
     figure = Figure(figsize=(3.6 * columns, 2.7 * rows), layout="constrained")
@@ -50,8 +52,7 @@ def draw_metric(axes, history, name):
 
 
 def save_figure(figure, path):
-    """Write a PNG under a temporary name and rename it, so that a viewer never reads half a picture."""
+    """Write a PNG, of which a viewer never reads half."""
     FigureCanvasAgg(figure)
-    temporary = f"{path}.tmp"
-    figure.savefig(temporary, format="png", dpi=110)
-    os.replace(temporary, path)
+    with replacing(path) as file:
+        figure.savefig(file, format="png", dpi=110)

@@ -3,7 +3,6 @@
 import numpy as np
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, recall_score, roc_auc_score
-from sklearn.model_selection import LeaveOneGroupOut, cross_val_predict
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -52,30 +51,6 @@ def linear_probe(train_x, train_y, test_x, test_y, kind):
         model = _classifier().fit(known_x, known)
         results.append(_figures(asked, model.predict_proba(asked_x), model.classes_))
     return _mean(results, len(train_tasks))
-
-
-def group_probe(x, y, groups, kind="multiclass"):
-    """As linear_probe, each group of rows predicted by a model that saw all other groups.
-
-    For few studies: groups [n], such as study names, keep rows of one study from predicting each other.  A
-    class that occurs in one group only could never be predicted: its rows are left out.  A label that keeps
-    fewer than two classes is left out and counted.  Figures are of all predictions taken together: the AUROC
-    compares probabilities of different models and, with few groups, is too low rather than too high.
-    """
-    x, groups, results = _features(x), np.asarray(groups), []
-    tasks = _tasks(x, y, kind)
-    if groups.shape != (len(x),):
-        raise UserError(f"probe: {len(x)} rows but groups of shape {groups.shape}; give one group per row")
-    for task in tasks:
-        spread = [label for label in np.unique(task[~np.isnan(task)])
-                  if len(np.unique(groups[task == label])) > 1]
-        rows = np.isin(task, spread)
-        if len(spread) < 2:
-            continue
-        probabilities = cross_val_predict(_classifier(), x[rows], task[rows], groups=groups[rows],
-                                          cv=LeaveOneGroupOut(), method="predict_proba")
-        results.append(_figures(task[rows], probabilities, np.array(spread)))
-    return _mean(results, len(tasks))
 
 
 def _classifier():

@@ -171,21 +171,16 @@ def picture_box(image):
     return tuple(box)
 
 
-def subtraction_baseline(prior, current, sigma):
-    """current - prior, the prior registered to it and brought to its histogram, smoothed by a Gaussian.
-
-    prior, current: float arrays [H, W] in [0, 1]; sigma in pixels -> array [H, W] in [-1, 1].
-    """
-    return gaussian(registered_difference(prior, current), sigma)
-
-
 def registered_difference(prior, current):
-    """``subtraction_baseline`` before it is smoothed."""
+    """current - prior, the prior registered to it and brought to its histogram.
+
+    prior, current: float arrays [H, W] in [0, 1] -> array [H, W] in [-1, 1].
+    """
     return current - match_histograms(align(prior, current)[0], current)
 
 
 def best_baseline(pairs, target_threshold=0.05, min_area=None, thresholds=THRESHOLDS, sigmas=SIGMAS):
-    """``subtraction_baseline`` at its strongest on pairs of (prior, current, truth), arrays [H, W].
+    """``registered_difference``, smoothed, at its strongest on pairs (prior, current, truth) of [H, W].
 
     Of all sigmas (shares of the image side) and thresholds it takes those with the highest mean Dice over
     both signs on the very pairs that are measured, which is generous to the baseline. Returns dict(metrics,

@@ -4,9 +4,12 @@ import math
 import time
 from pathlib import Path
 
-from utils.checkpoint import copy_checkpoint, load_checkpoint, newest_sound, prune_epochs
+import torch
+
+from utils.checkpoint import UNREADABLE, copy_checkpoint, load_checkpoint, newest_sound, prune_epochs
 from utils.config import UserError
 from utils.distributed import broadcast_word, is_main
+from utils.files import claim
 
 
 def open_run(runs_dir, name, checkpoint, kind):
@@ -14,38 +17,41 @@ def open_run(runs_dir, name, checkpoint, kind):
 
     name: word under ``runs_dir``; None takes the folder of the checkpoint, or ``<kind>_<time>``.
     checkpoint: None starts a run, a path resumes that file, "auto" resumes the newest sound file of the run,
-    and starts when it has none.
-    UserError: a run of that name exists and is not the one resumed; "auto" without a name.
+    and starts when it has none; where _last.pt was damaged or missing, it is that file again.
+    The folder is this process's until it ends.
+    UserError: a run of that name exists and is not the one resumed, or another process trains it; "auto"
+    without a name; a checkpoint that holds weights but not the state of their training.
     """
-    runs_dir = Path(runs_dir)
+    runs_dir, last = Path(runs_dir), None
     if name is not None and Path(name).name != name:
         raise UserError(f"-n {name}: the name of a run is a plain word, not a path")
     if checkpoint == "auto":
         if name is None:
             raise UserError("-c auto: name the run with -n")
-        run_dir, state = runs_dir / name, None
+        run_dir = runs_dir / name
         found = newest_sound(run_dir, kind)
-        if found is not None:
-            path, state, damaged = found
-            if is_main():
-                for file in damaged:
-                    print(f"Damaged, passed over: {file}")
-                print(f"Resuming from {path}")
+        checkpoint, state, damaged = found or (None, None, [])
+        last = found and run_dir / f"{kind}_last.pt"
+        if is_main():
+            print("".join(f"Damaged, passed over: {file}\n" for file in damaged), end="")
     elif checkpoint is not None:
         state = load_checkpoint(checkpoint, kind)
         run_dir = runs_dir / name if name is not None else Path(checkpoint).parent
         if run_dir.resolve() != Path(checkpoint).resolve().parent:
             refuse_other_run(run_dir, kind)
-        if is_main():
-            print(f"Resuming from {checkpoint}")
     else:
         run_dir = runs_dir / broadcast_word(name or f"{kind}_{time.strftime('%Y%m%d_%H%M%S')}")
         refuse_other_run(run_dir, kind)
         state = None
-    try:
-        (run_dir / "samples").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{run_dir}: cannot make the run's folder: {error.strerror}") from error
+    if state is not None and "optimizer_state_dict" not in state:
+        raise UserError(f"{checkpoint}: holds weights, but no training to go on with; start with --init")
+    if is_main():
+        claim(run_dir, "wait for its end, or choose another -n")
+        (run_dir / "samples").mkdir(exist_ok=True)
+        if state is not None:
+            print(f"Resuming from {checkpoint}")
+        if last is not None and checkpoint != last:
+            copy_checkpoint(checkpoint, last)
     return run_dir, state
 
 
@@ -96,15 +102,33 @@ def stale_for(history, metric, mode):
     return len(values) - 1 - values.index(max(values) if mode == "max" else min(values))
 
 
-def keep_checkpoint(run_dir, kind, history, better, keep_top, every, metric="val/loss", mode="min"):
-    """Copy <kind>_last.pt of a finished epoch to _epoch_N.pt, and to _best.pt when ``better``; prune.
+def best_row(history, metric="val/loss", mode="min"):
+    """The row of ``history`` that is_better than all before it.  UserError as there."""
+    best = None
+    for row in history:
+        if is_better(row, best and best[metric], metric, mode):
+            best = row
+    return best
 
-    history, keep_top, every, metric, mode: as prune_epochs takes them.  Returns the name that stays.
+
+def keep_checkpoint(run_dir, kind, keep_top, every, metric="val/loss", mode="min"):
+    """Copy <kind>_last.pt of a finished epoch to _epoch_N.pt, and to _best.pt when it is the best; prune.
+
+    keep_top, every, metric, mode: as prune_epochs takes them.  Returns the name that stays.
+    To be called when a run goes on, too: it may have been killed after it wrote that file, and before the
+    copies.  Inside an epoch, or where the file cannot be read, nothing is done.
     """
     last, best = run_dir / f"{kind}_last.pt", run_dir / f"{kind}_best.pt"
-    path = run_dir / f"{kind}_epoch_{history[-1]['epoch']}.pt"
+    try:
+        entries = torch.load(last, map_location="cpu", weights_only=True, mmap=True)
+        epoch, history = entries["epoch"], entries["history"]
+    except UNREADABLE:
+        return last.name
+    if not history or history[-1]["epoch"] != epoch:
+        return last.name
+    path = run_dir / f"{kind}_epoch_{epoch}.pt"
     copy_checkpoint(last, path)
-    if better or not best.exists():
+    if best_row(history, metric, mode) is history[-1] or not best.exists():
         copy_checkpoint(last, best)
     kept = prune_epochs(run_dir, kind, history, keep_top, every, metric, mode == "max")
     return path.name if path in kept else last.name

@@ -4,8 +4,7 @@ from PIL import Image
 
 from utils.em_pictures import array, colours, panel
 from utils.mask_metrics import predict_masks
-from utils.overlay import row, stack
-from utils.photo_sheet import LONGEST
+from utils.overlay import row, shortened, stack
 
 
 def slice_sheet(path, rows):
@@ -19,8 +18,7 @@ def slice_sheet(path, rows):
     for caption, image, *masks in rows:
         image, *masks = array(image), *(array(mask).clip(0) for mask in masks)
         panels = [panel(image, labels, colours) for labels in (image, *masks)]
-        caption = caption if len(caption) <= LONGEST else f"...{caption[3 - LONGEST:]}"
-        strips.append(row(panels, [caption, "true", "predicted"]))
+        strips.append(row(panels, [shortened(caption), "true", "predicted"]))
     Image.fromarray(stack(strips)).save(path)
 
 

@@ -80,6 +80,12 @@ def load_model_state(model, state):
         inner: _shard_like(state[name], value) for name, (inner, value) in own.items()})
 
 
+def load_trained(model, checkpoint, device):
+    """A network filled from a checkpoint, averaged weights first, in evaluation mode on ``device``."""
+    load_model_state(model, checkpoint.get("ema_state_dict") or checkpoint["model_state_dict"])
+    return model.to(device).eval()
+
+
 def optimizer_state(model, optimizer):
     """Collective: the optimizer's whole state on the CPU, keyed by parameter names, on every rank.
 

@@ -1,0 +1,118 @@
+"""Hard knocks: runs that are killed, stopped, locked out or started twice, and disks that take no more."""
+
+import importlib
+import os
+import random
+import signal
+import stat
+import time
+
+import pytest
+from forks import Fork, full_disk, lose_rights
+from test_scripts import states_differ
+
+# Of each training entry the fixture that calls it, and its module.
+KINDS = {"longitudinal_mim": ("train", "longitudinal_MIM_training"),
+         "jepa": ("train_study", "train_pretrain"),
+         "simclr": ("train_photo", "train_pretrain"), "vista3d": ("train_vista", "train_vista3d"),
+         "multitask": ("train_spine", "train_finetune")}
+
+
+@pytest.fixture
+def start(request, narrow_xray, monkeypatch):
+    """A function (kind, run, *options) -> a Fork that trains it, and saves after each step.
+
+    It goes on where the run has begun.
+    """
+    for name in ("plot_loss_curves", "plot_detailed_curves"):
+        monkeypatch.setattr(f"utils.history.{name}", lambda *values: None)              # they take longest
+
+    def call(kind, run, *options, prepare=lambda: None):
+        train = request.getfixturevalue(KINDS[kind][0])
+        kind = () if kind in ("longitudinal_mim", "vista3d") else (kind,)
+        return Fork(lambda: train(*kind, run, "CHECKPOINT_MINUTES=0.0", "SAVE_EVERY_EPOCHS=2", "KEEP_TOP_K=1",
+                                  *options, words=["-c", "auto"]), prepare)
+
+    return call
+
+
+def assert_same_run(first, second):
+    """The same checkpoints, bitwise, the same table, and nothing unfinished."""
+    names = {path.name for path in first.iterdir()}
+    assert names == {path.name for path in second.iterdir()}
+    for name in names:
+        if name.endswith(".pt"):
+            assert states_differ(first / name, second / name) == [], name
+    assert (first / "metrics.csv").read_text() == (second / "metrics.csv").read_text()
+    assert os.listdir(first / "samples") == os.listdir(second / "samples")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_killed_three_times_and_stopped_once_ends_bitwise_equal(kind, start, tmp_path):
+    """SIGKILL leaves no chance to tidy up; SIGTERM, a scheduler's, has the run saved within ten seconds.
+
+    First between an epoch's checkpoint and its copies, where the best one would be lost; then at any moment.
+    """
+    def kill_at_copies():
+        module = importlib.import_module(KINDS[kind][1])
+        module.keep_checkpoint = lambda *values: os.kill(os.getpid(), signal.SIGKILL)
+
+    began, moments = time.monotonic(), random.Random(kind)
+    process = start(kind, "whole")
+    assert process.end() == 0, process.text
+    whole, run = time.monotonic() - began, tmp_path / "runs" / "killed"
+    assert start(kind, "killed", prepare=kill_at_copies).end() == -signal.SIGKILL
+    assert not (run / f"{kind}_best.pt").exists()
+    for _ in range(2):
+        process = start(kind, "killed")
+        time.sleep(moments.uniform(0.02, 0.2) * whole)
+        process.kill()
+    process = start(kind, "killed")
+    process.until(lambda: "Epoch" in process.text)
+    os.kill(process.number, signal.SIGTERM)
+    assert process.end(seconds=10) == 128 + signal.SIGTERM, process.text
+    assert "resume with -c auto" in process.text
+    process = start(kind, "killed")
+    assert process.end() == 0, process.text
+    assert_same_run(tmp_path / "runs" / "whole", run)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_of_two_runs_of_one_name_the_second_is_refused_until_the_first_is_gone(workers, start, tmp_path):
+    """They would overwrite each other's files.  A killed one is gone, though its loading process lives on."""
+    options, run = (f"NUM_WORKERS={workers}", "JEPA_EPOCHS=99"), tmp_path / "runs" / "run"
+    first = start("jepa", "run", *options)
+    first.until((run / "jepa_last.pt").exists)
+    saved = (run / "training_params.json").read_bytes()
+    second = start("jepa", "run", *options)
+    assert second.end() == 2
+    line, = second.errors
+    assert str(run) in line and f"process {first.number}" in line and "another -n" in line
+    assert (run / "training_params.json").read_bytes() == saved
+    assert first.kill()
+    third = start("jepa", "run", *options)
+    third.until(lambda: "Epoch" in third.text)
+    assert third.kill()
+
+
+def test_a_disk_that_takes_no_more_costs_no_step_that_was_saved(start, tmp_path):
+    """Full at whatever file, or not to be written to: one line, and with space again the run ends as ever."""
+    run = tmp_path / "runs" / "run"
+    assert start("multitask", "whole").end() == 0
+    process = start("multitask", "run")
+    process.until((run / "multitask_last.pt").exists)
+    assert process.kill()
+    saved = (run / "multitask_last.pt").read_bytes()
+    for size in (0, 100, 30_000, 1_000_000):
+        process = start("multitask", "run", prepare=lambda size=size: full_disk(size))
+        assert process.end() == 2 and len(process.errors) == 1, process.text
+        assert (run / "multitask_last.pt").read_bytes() == saved
+    mode = stat.S_IMODE(run.stat().st_mode)
+    run.chmod(0o555)
+    process = start("multitask", "run", prepare=lose_rights)
+    assert process.end() == 2
+    run.chmod(mode)
+    line, = process.errors
+    assert str(run) in line and "Permission denied" in line
+    assert start("multitask", "run").end() == 0
+    assert_same_run(tmp_path / "runs" / "whole", run)
