@@ -193,7 +193,7 @@ def test_the_newest_sound_checkpoint_is_found_by_its_steps(tmp_path):
 def test_a_run_with_damaged_files_alone_never_starts_afresh(tmp_path):
     """Days of training would be overwritten."""
     (tmp_path / "demo_last.pt").write_bytes(b"PK")
-    write(tmp_path / "demo_best.pt", step="many")                            # sound, but of nobody knows when
+    save_checkpoint(tmp_path / "demo_best.pt", kind="demo", step="many", model_state_dict={})
     with pytest.raises(UserError, match="demo_last.pt, demo_best.pt"):
         newest_sound(tmp_path, "demo")
 
