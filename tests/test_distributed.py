@@ -161,6 +161,22 @@ def test_a_teacher_follows_its_student_alike_under_every_strategy(folder):
         assert_close(first[strategy], first["ddp"])
 
 
+def test_ranks_started_again_never_meet_those_that_are_gone(monkeypatch):
+    """torchrun keeps one store for all attempts; an address of the last one is refused when it is called."""
+    kept = torch.distributed.HashStore()
+    monkeypatch.setattr(torch.distributed, "rendezvous", lambda url: iter([(kept, 1, 2)]))
+    for name, value in (("WORLD_SIZE", "2"), ("LOCAL_WORLD_SIZE", "2"), ("TORCHELASTIC_RESTART_COUNT", "0")):
+        monkeypatch.setenv(name, value)
+    first = distributed.meeting_point()
+    assert (first["rank"], first["world_size"]) == (1, 2)
+    first["store"].set("address", "here")
+    assert distributed.meeting_point()["store"].check(["address"])
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert not distributed.meeting_point()["store"].check(["address"])
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")                     # nodes number their own attempts
+    assert distributed.meeting_point() == {}
+
+
 def test_one_process_needs_no_torchrun():
     """The same script runs under plain python."""
     model = worker.Net()

@@ -5,9 +5,13 @@ import os
 import random
 import signal
 import stat
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
+from conftest import SMALL_STUDY
 from forks import Fork, full_disk, lose_rights
 from test_scripts import states_differ
 
@@ -116,3 +120,32 @@ def test_a_disk_that_takes_no_more_costs_no_step_that_was_saved(start, tmp_path)
     assert str(run) in line and "Permission denied" in line
     assert start("multitask", "run").end() == 0
     assert_same_run(tmp_path / "runs" / "whole", run)
+
+
+def torchrun(run, studies, *words):
+    """Process of torchrun with two ranks that pretrain, and go on where they were when they are restarted."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+               "--max-restarts=3", "train_pretrain.py", "--method", "jepa", "-n", run.name, "-c", "auto",
+               "--data", studies / "cache", "--set", *SMALL_STUDY, "JEPA_EPOCHS=1", "CHECKPOINT_MINUTES=0.0",
+               f"RUNS_DIR={run.parent}", f"STUDY_LABELS={studies / 'labels.csv'}"]
+    return subprocess.Popen([str(word) for word in command], env={**os.environ, "OMP_NUM_THREADS": "1"},
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def test_a_rank_that_is_killed_under_torchrun_costs_nothing(start, studies, tmp_path):
+    """Started again by --max-restarts, both end with the weights of a run in peace; one process goes on."""
+    whole, run = tmp_path / "runs" / "whole", tmp_path / "runs" / "killed"
+    process = torchrun(whole, studies)
+    printed, _ = process.communicate()
+    assert process.returncode == 0 and printed.count("Epoch 1 Complete") == 1, printed
+    process = torchrun(run, studies)
+    while not (run / "jepa_last.pt").exists():
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.01)
+    ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(ranks[0]), signal.SIGKILL)
+    printed, _ = process.communicate()
+    assert process.returncode == 0 and "Resuming from" in printed, printed
+    assert_same_run(whole, run)
+    process = start("jepa", "killed", f"STUDY_LABELS={studies / 'labels.csv'}")
+    assert process.end() == 0 and "Epoch 2 Complete" in process.text, process.text

@@ -37,8 +37,21 @@ def setup_distributed(word=None):
             raise UserError(f"--device {word}: torch has no such device here; leave it out") from error
     if "RANK" in os.environ and not dist.is_initialized():
         # Gloo stands beside NCCL so that flags on the CPU are reduced without waiting for the GPU.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **meeting_point())
     return device
+
+
+def meeting_point():
+    """Arguments of init_process_group: on one node a store of this attempt's own, on several torch's choice.
+
+    After --max-restarts torchrun's ranks would else find in its one store the addresses of those that are
+    gone.  On several nodes the attempts have no number in common.
+    """
+    if os.environ.get("LOCAL_WORLD_SIZE") != os.environ["WORLD_SIZE"]:
+        return {}
+    store, number, size = next(dist.rendezvous("env://"))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return {"store": dist.PrefixStore(f"attempt_{attempt}", store), "rank": number, "world_size": size}
 
 
 def rank():
