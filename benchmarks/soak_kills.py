@@ -132,9 +132,9 @@ def moment(seed, number, startup, whole, count):
     return startup + draw.uniform(0, 2 * (whole - startup) / count)
 
 
-def phase(run, log):
-    """What a process was at when it was killed."""
-    if any(run.glob("*.tmp")):
+def phase(run, log, began):
+    """What a process was at when it was killed; what one before it left half written does not count."""
+    if any(path.stat().st_mtime > began for path in run.glob("*.tmp")):
         return "writing"
     return "training" if "Epoch" in log.read_text() else "starting"
 
@@ -143,13 +143,13 @@ def batter(words, run, log, moments, phases):
     """Kill a run at the next ``moments``, which are taken off, till none is left or it ends: exit code."""
     while moments:
         log.write_text("")
-        process = start(words, log)
+        began, process = time.time(), start(words, log)
         wait(process, moments[0])
         if not kill(process):
             moments[0] /= 2                           # the machine has become faster
             return process.returncode
         moments.pop(0)
-        phases[phase(run, log)] += 1
+        phases[phase(run, log, began)] += 1
     return finish(words, log)[0]
 
 
@@ -159,12 +159,12 @@ def batter_ranks(words, run, log, moments, phases):
     process, draw = start(words, log), random.Random(len(moments))
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     while moments and process.poll() is None:
-        ranks = children.read_text().split()
+        began, ranks = time.time(), children.read_text().split()
         wait(process, moments[0])
         if process.poll() is None and len(ranks) == 2 and ranks == children.read_text().split():
             os.kill(int(draw.choice(ranks)), signal.SIGKILL)
             moments.pop(0)
-            phases[phase(run, log)] += 1
+            phases[phase(run, log, began)] += 1
             log.write_text("")
     wait(process, SECONDS)
     return process.returncode if process.poll() is not None else kill(process)
