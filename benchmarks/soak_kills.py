@@ -125,11 +125,22 @@ def unequal(first, second, name=""):
 
 
 def moment(seed, number, startup, whole, count):
-    """Seconds after which a run is killed: before its first epoch, or so much later that it bears all."""
+    """(whether the first epoch is waited for, seconds from there or from the start) of a kill.
+
+    A run bears ``count`` of them, or half as many, before it ends.
+    """
     draw = random.Random(f"{seed} {number}")
     if draw.random() < STARTUP_SHARE:
-        return draw.uniform(0, startup)
-    return startup + draw.uniform(0, 2 * (whole - startup) / count)
+        return False, draw.uniform(0, startup)
+    return True, draw.uniform(0, 2 * (whole - startup) / count)
+
+
+def await_moment(process, log, moment):
+    """Return at a kill's moment, or when the process has ended."""
+    trains, seconds = moment
+    while trains and process.poll() is None and "Epoch" not in log.read_text():
+        time.sleep(0.02)
+    wait(process, seconds)
 
 
 def phase(run, log, began):
@@ -144,9 +155,8 @@ def batter(words, run, log, moments, phases):
     while moments:
         log.write_text("")
         began, process = time.time(), start(words, log)
-        wait(process, moments[0])
+        await_moment(process, log, moments[0])
         if not kill(process):
-            moments[0] /= 2                           # the machine has become faster
             return process.returncode
         moments.pop(0)
         phases[phase(run, log, began)] += 1
@@ -160,7 +170,7 @@ def batter_ranks(words, run, log, moments, phases):
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     while moments and process.poll() is None:
         began, ranks = time.time(), children.read_text().split()
-        wait(process, moments[0])
+        await_moment(process, log, moments[0])
         if process.poll() is None and len(ranks) == 2 and ranks == children.read_text().split():
             os.kill(int(draw.choice(ranks)), signal.SIGKILL)
             moments.pop(0)
