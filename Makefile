@@ -16,7 +16,7 @@ RUNS := runs
 OUT := predictions
 SPINE_RUNS := runs/spine_demo
 # What make demo sets: fewer epochs than the presets, and folders of its own.
-SHORT := RUNS_DIR=runs/short LONGITUDINAL_MIM_EPOCHS=2 JEPA_EPOCHS=6 MIL_EPOCHS=6 VISTA_EPOCHS=1 \
+SHORT := RUNS_DIR=runs/short IMG_SIZE=64 MASK_PATCH_SIZE=16 LONGITUDINAL_MIM_EPOCHS=6 JEPA_EPOCHS=6 MIL_EPOCHS=6 VISTA_EPOCHS=1 \
 	VISTA_CROPS_PER_EPOCH=80 SIMCLR_EPOCHS=2 HVIT_EPOCHS=5 SPINE_EPOCHS=1
 PICTURES := demo/*_overlay.png findings_demo/attention/*/*.png em_demo.h5.png leaf_classes_demo/mistakes.png \
 	leaf_classes_demo/confusion.png spine_demo/series/*/*/*sagittal*.png

@@ -69,6 +69,13 @@ def build_optimization(groups, schedule, total_steps, steps_per_epoch):
     return optimizer, scheduler
 
 
+def say_splits(splits, what):
+    """Say how many of ``what`` are in each split; returns the splits."""
+    train, val, test = (len(splits[name]) for name in ("train", "val", "test"))
+    say(f"{train} {what} to train, {val} to validate, {test} to test")
+    return splits
+
+
 def thin(splits, batch_size):
     """{split: items} with as many items as fill one batch of each rank, from all over the list."""
     count = batch_size * world_size()
@@ -83,8 +90,8 @@ def start_from(model, init, remove_prefix, optional=(), part=None):
     if not init:
         return say("No --init: the network starts from random weights")
     matched, unmatched = load_part(model, part or model, init, remove_prefix, optional)
-    say(f"--init {init}: {len(matched)} weights of the backbone matched, {len(unmatched)} not "
-        f"{unmatched[:5]}")
+    say(f"--init {init}: {len(matched)} weights of the backbone matched, {len(unmatched)} not"
+        f"{': ' if unmatched else ''}{', '.join(unmatched[:5])}")
 
 
 def data_path(data, make, below):
@@ -97,8 +104,8 @@ def data_path(data, make, below):
 
 def say_filled(constant, path, matched, unmatched):
     """Say what the file that a constant names has filled."""
-    say(f"{constant} {path}: {len(matched)} weights matched; of the file {len(unmatched)} have no use here "
-        f"{unmatched[:5]}")
+    say(f"{constant} {path}: {len(matched)} weights matched; of the file {len(unmatched)} have no use here"
+        f"{': ' if unmatched else ''}{', '.join(unmatched[:5])}")
 
 
 # -------------------------------------------------------------- brain studies
@@ -185,7 +192,8 @@ def photo_splits(args, run_dir, resumed, labelled):
                                C.HVIT_VAL_FRACTION, C.HVIT_TEST_FRACTION, C.SEED)
         print("\n".join(notes))
     barrier()
-    return data, classes, split_photos(photos, classes, C.HVIT_VAL_FRACTION, C.HVIT_TEST_FRACTION, path=path)
+    splits = split_photos(photos, classes, C.HVIT_VAL_FRACTION, C.HVIT_TEST_FRACTION, path=path)
+    return data, classes, say_splits(splits, "photographs")
 
 
 def build_views():
@@ -256,6 +264,9 @@ def find_spine(kind, data, names=None):
     slices, names, notes = slices_for(kind, data, mask_names, names, C.SPINE_LAYOUT, C.SPINE_AXIS,
                                       C.SPINE_MASK_WORD, C.ON_BAD_FILE)
     say("\n".join(notes))
+    axes = {slice.axis for slice in slices}
+    if len(axes) == 1:                 # of a table's own, too: the checkpoint tells infer_cascade.py
+        C.SPINE_AXIS, = axes
     return data, slices, names, mask_names
 
 
@@ -282,6 +293,8 @@ def slice_loaders(splits, mask_names, fast):
     """(training, validation) loaders of slices; fast: as photo_loaders."""
     if C.SPINE_BALANCE and any(slice.label < 0 for slice in splits["train"]):
         raise UserError("SPINE_BALANCE = True: some slices have no class; give all one, or set it to False")
+    say_splits({name: {slice.patient for slice in part} for name, part in splits.items()}, "patients")
+    say_splits(splits, "slices")
     splits = thin(splits, C.SPINE_BATCH_SIZE) if fast else splits
     weights = sample_weights(splits["train"]) if C.SPINE_BALANCE else None
     train_set, val_set = (slice_set(splits[name], name == "train", mask_names) for name in ("train", "val"))

@@ -38,14 +38,14 @@ from utils.case_report import UNITS, report_cases, report_classes, report_slices
 from utils.checkpoint import load_checkpoint
 from utils.config import UserError, apply_overrides, restore_constants, run_script
 from utils.device import autocast, to_device
-from utils.distributed import cleanup, gather, is_main, rank, setup_distributed, world_size
+from utils.distributed import cleanup, gather, is_main, rank, say, setup_distributed, world_size
 from utils.history import progress_bar
 from utils.mask_metrics import MaskMetrics, predict_masks
 from utils.states import load_trained
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
     add("--checkpoint", required=True, metavar="PATH", help="a *_best.pt of train_finetune.py")
     add("--output", required=True, type=Path, metavar="DIR", help="folder for tables and pictures")
@@ -221,6 +221,8 @@ def main():
     checkpoint = load_checkpoint(args.checkpoint, *TASKS)
     restore_constants(C, checkpoint["constants"])
     apply_overrides(C, args.set)
+    if args.split in ("train", "all"):
+        say(f"--split {args.split}: figures of cases that the network was trained on say nothing of new ones")
     args.output.mkdir(parents=True, exist_ok=True)
     results, report_all = TASKS[checkpoint["kind"]](args, checkpoint, device)
     results = {case: result for part in gather(results) for case, result in part.items()}

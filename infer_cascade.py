@@ -12,8 +12,9 @@ DICOM, NIfTI and folders of PNG are found below --input.  The slices of a series
 location and view, and its sequence; of the series that are kept, the slices with cord are segmented.  Writes
 cascade.csv (a row for each series), slices.csv (for each slice), bad_files.csv (series that cannot be used),
 and below series/ <name>_cord.nii.gz and <name>_lesion.nii.gz on the voxels of the source, and <name>.png.
-The same command goes on where it was interrupted.  With a table of what is true, --truth or a series.csv at
---input, it ends with the accuracy of each stage and of the whole, which are also in metrics.csv.
+The same command goes on where it was interrupted; with other options it judges again, over what is there.
+With a table of what is true, --truth or a series.csv at --input, it ends with the accuracy of each stage and
+of the whole, which are also in metrics.csv.
 """
 
 import argparse
@@ -45,7 +46,7 @@ from utils.tables import write_csv
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
     add("--input", required=True, type=Path, metavar="DIR", help="folder with series, at any depth")
     add("--weights", required=True, type=Path, metavar="DIR", help="folder of <stage>.pt, or of runs")
@@ -86,8 +87,10 @@ def load_stages(args, device):
     paths = {name: weights_of(args.weights, name) for name in args.stages or STAGES}
     missing = [path for path in paths.values() if not path.is_file()]
     if len(missing) == len(paths) or (args.stages and missing):
-        raise UserError(f"{missing[0]}: no such file; put a checkpoint of train_finetune.py there, named "
-                        f"after its stage ({', '.join(STAGES)})")
+        there = sorted(path.name for path in args.weights.glob("*.pt"))
+        raise UserError(f"--weights {args.weights}: has no {' or '.join(path.name for path in missing)}, but "
+                        f"{', '.join(there[:8]) or 'no .pt file'}; name checkpoints after their stages, or "
+                        "give a folder of runs so named")
     paths = {name: path for name, path in paths.items() if path not in missing}
     if args.clip_lesions and not set(MASKS) <= set(paths):
         raise UserError("--clip-lesions: needs the stages cord_mask and lesion_mask")
@@ -151,7 +154,8 @@ def find_entries(args):
 
 
 def judge_entry(name, entry, stages, rules, args, device):
-    """{"row", "slices": rows of the tables} of a series, and "bad": the message where it cannot be used.
+    """{"row", "slices": rows of the tables} of a series; "bad": why it cannot be used; "again": whether
+    it was judged before.
 
     Its files are written, the one that tells what they were made with last: a series that is whole, from the
     same files with the same weights and rules, is not judged again.
@@ -163,7 +167,7 @@ def judge_entry(name, entry, stages, rules, args, device):
                  "overlays": args.overlays,
                  "files": [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in inside
                            if file.is_file()]}
-    found = cascade.read_record(record, made_with)
+    found, before = cascade.read_record(record, made_with), record.is_file()
     if found:
         return found
     known = {"series": name, "path": str(entry.path), "uid": entry.uid}
@@ -175,7 +179,8 @@ def judge_entry(name, entry, stages, rules, args, device):
     try:
         series = read_series(entry.path, entry.uid)
     except BadFile as error:
-        return {"row": {**known, "stopped": "bad file", "notes": str(error)}, "slices": [], "bad": str(error)}
+        return {"row": {**known, "stopped": "bad file", "notes": str(error)}, "slices": [], "bad": str(error),
+                "again": before}
     row, lines, masks = judge(series, stages, rules, args.batch_size, device)
     axis = axis_of(series, rules)
     for part, mask in masks.items():
@@ -184,8 +189,9 @@ def judge_entry(name, entry, stages, rules, args, device):
     if shown:
         save_overlay(picture, slices_along(series, axis), spacing_along(series, axis)[1:], masks, shown)
     files = [outputs[part].name for part in masks] + [picture.name] * bool(shown)
-    return cascade.write_record(record, made_with, files, {**known, **row},
-                                [{"series": name, **line} for line in lines])
+    written = cascade.write_record(record, made_with, files, {**known, **row},
+                                   [{"series": name, **line} for line in lines])
+    return {**written, "again": before}
 
 
 def report(results, named, truths, stages, rules, args):
@@ -202,6 +208,10 @@ def report(results, named, truths, stages, rules, args):
     list_bad_files(args.output, bad)
     if len(bad) == len(results):
         raise UserError(f"none of the series can be used; {bad[0][1]}")
+    again = sum(result.get("again", False) for result in results)
+    if again:
+        print(f"{again} series judged again, over what {args.output} held: weights, rules or files differ "
+              "from before")
     print("\n".join(cascade.summary(rows)))
     if truths:
         lines, figures = report_truth(results, named, truths, kept, names, args.output / "series", rules.axis)

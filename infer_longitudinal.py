@@ -6,7 +6,8 @@
         --prior 2021.dcm --current 2022.png --register --tta 8
     torchrun --nproc_per_node=4 infer_longitudinal.py --checkpoint PATH --output DIR --data DIR
 
---data holds case folders with prior, current (NIfTI, PNG, JPEG, TIFF, DICOM) and, if it is known, diff_map.
+--data holds case folders with prior, current (NIfTI, PNG, JPEG, TIFF, DICOM) and, if it is known, diff_map;
+--pairs is a table with the columns prior and current (paths relative to it) and, if wanted, case.
 Writes <case>_diff.nii.gz (in the frame of the current image; positive is new, negative resolved, zero where
 the prior did not reach), <case>_overlay.png, <case>_uncertainty.nii.gz (--tta), changes.csv, metrics.csv (of
 known maps) and bad_files.csv (cases that cannot be used are skipped).
@@ -19,8 +20,8 @@ import numpy as np
 import torch
 
 import constants as C
-from datasets.io import image_files, letterbox, min_max, read_image, undo_letterbox, write_nifti
-from datasets.longitudinal import split_cases
+from datasets.io import letterbox, read_image, undo_letterbox, write_nifti
+from datasets.longitudinal import find_pairs, normalise, pair_name, read_pairs
 from datasets.pair_files import list_bad_files
 from longitudinal_MIM_training import KIND, build_model
 from utils.checkpoint import load_checkpoint
@@ -35,18 +36,18 @@ from utils.states import load_trained
 from utils.tables import text_table, write_csv
 from utils.tta import predict_tta
 
-PARTS = {"prior": "prior", "current": "current", "diff_map": "truth", "difference_map": "truth"}
 CHANGES = ("case", "component", "sign", "area_px", "area_fraction", "centroid_row", "centroid_column", "mean")
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
     add("--checkpoint", required=True, metavar="PATH", help="a longitudinal_mim_*.pt")
     add("--output", required=True, type=Path, metavar="DIR", help="folder for maps, pictures and tables")
     add("--prior", metavar="FILE", help="earlier image of one pair")
     add("--current", metavar="FILE", help="later image of one pair")
     add("--data", metavar="DIR", help="folder of case folders")
+    add("--pairs", metavar="CSV", help="columns prior, current; case (default: named after folder and files)")
     add("--split", default="all", choices=["train", "val", "test", "all"],
         help="patients, as in training (default: %(default)s)")
     add("--register", action="store_true", help="align the prior to the current image; sizes may differ")
@@ -56,28 +57,33 @@ def parse_args():
     add("--batch-size", type=int, default=8, help="pairs at a time (default: %(default)s)")
     add("--baseline", action="store_true", help="measure the best registered subtraction beside the model")
     add("--device", help='such as "cpu" (default: a GPU where there is one)')
-    args = parser.parse_args()
-    if bool(args.data) == bool(args.prior or args.current) or bool(args.prior) != bool(args.current):
-        raise UserError("give either --data DIR, or --prior FILE and --current FILE")
-    if min(args.tta, args.batch_size, args.min_area or 1) < 1 or not 0 < args.threshold < 1:
-        raise UserError("--tta, --batch-size and --min-area must be at least 1, --threshold between 0 and 1")
+    return check_args(parser.parse_args())
+
+
+def check_args(args):
+    """``args`` again.  Raises UserError for words that do not go together and numbers that make no sense."""
+    ways = [args.data, args.pairs, args.prior or args.current]
+    if sum(map(bool, ways)) != 1 or bool(args.prior) != bool(args.current):
+        raise UserError("give either --data DIR, or --pairs CSV, or --prior FILE and --current FILE")
+    if args.split != "all" and not args.data:
+        raise UserError(f"--split {args.split}: only the cases of --data are split; leave it out")
+    counts = {"--tta": args.tta, "--batch-size": args.batch_size, "--min-area": args.min_area}
+    wrong = [f"{option} {count}: must be at least 1" for option, count in counts.items()
+             if count is not None and count < 1]
+    if not 0 < args.threshold < 1:
+        wrong.append(f"--threshold {args.threshold:g}: must lie between 0 and 1")
+    if wrong:
+        raise UserError("; ".join(wrong))
     return args
 
 
 def find_cases(args):
-    """[(name, {"prior" | "current" | "truth": [paths]})] of the one pair, or of a split of the folder."""
-    if not args.data:
-        return [(Path(args.current).name.split(".")[0], {"prior": [args.prior], "current": [args.current]})]
-    folders = {}
-    for path in image_files(args.data):
-        if (part := PARTS.get(path.name.split(".")[0])) and path.parent != Path(args.data):
-            folders.setdefault(path.parent, {}).setdefault(part, []).append(path)
-    if folders and args.split != "all":
-        splits = split_cases(list(folders), args.data, C.VAL_FRACTION, C.TEST_FRACTION, C.SPLIT_CSV or None)
-        folders = {folder: folders[folder] for folder in splits[args.split]}
-    if not folders:
-        raise UserError(f"{args.data}: no case folder with prior and current below it (--split {args.split})")
-    return [("__".join(path.relative_to(args.data).parts), folders[path]) for path in sorted(folders)]
+    """[(name, {"prior" | "current" | "truth": [paths]})] of the pair, the table, or a split of the folder."""
+    if args.prior:
+        return [(pair_name(args.prior, args.current), {"prior": [args.prior], "current": [args.current]})]
+    if args.pairs:
+        return read_pairs(args.pairs)
+    return find_pairs(args.data, args.split, C.VAL_FRACTION, C.TEST_FRACTION, C.SPLIT_CSV or None)
 
 
 def load_case(name, files, register):
@@ -92,7 +98,8 @@ def load_case(name, files, register):
         if image.shape != shape and not (register and part == "prior"):
             hint = "; use --register" if part == "prior" else ""
             raise BadFile(f"{files[part][0]}: {image.shape} pixels, the current image has {shape}{hint}")
-    seen, covered, aligned = [min_max(images["prior"]), min_max(images["current"])], np.ones(shape), True
+    seen = [normalise(images[part], files[part][0]) for part in ("prior", "current")]
+    covered, aligned = np.ones(shape), True
     if register:
         (prior, _), (current, box) = (letterbox(image, max(shape)) for image in seen)
         prior, covered, aligned = align(prior, current)
@@ -109,6 +116,7 @@ def save_case(case, pred, deviation, path, args):
         None if x is None else undo_letterbox(x, case["box"], case["seen"][1].shape)
         for x in (pred, case["truth"], deviation if args.tta > 1 else None))
     write_nifti(f"{path}_diff.nii.gz", diff)
+    Path(f"{path}_uncertainty.nii.gz").unlink(missing_ok=True)              # an earlier run's, of another map
     if uncertainty is not None:
         write_nifti(f"{path}_uncertainty.nii.gz", uncertainty)
     save_overlay(f"{path}_overlay.png", *case["seen"], diff, truth, uncertainty, args.threshold)
@@ -149,7 +157,7 @@ def report(results, metrics, args):
         rows.sort(key=lambda row: row["case"])                               # as one process would write them
     list_bad_files(args.output, sorted(results["bad"]))
     if not results["done"]:
-        raise UserError(f"{'none of the cases can be used; ' if args.data else ''}{min(results['bad'])[1]}")
+        raise UserError(f"{'' if args.prior else 'none of the cases can be used; '}{min(results['bad'])[1]}")
     write_csv(args.output / "changes.csv", CHANGES, results["changes"])
     if results["measured"]:
         write_csv(args.output / "metrics.csv", ("case", *DESCRIPTIONS), results["measured"])

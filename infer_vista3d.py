@@ -6,9 +6,8 @@
     python infer_vista3d.py --checkpoint PATH --input volume.nii.gz --output probs.h5 --output-probs
     torchrun --nproc_per_node=4 infer_vista3d.py --checkpoint PATH --input volume.zarr --output out.zarr
 
-Reads and writes HDF5, TIFF, NIfTI and OME-Zarr.  Beside the output: <output>_instances.csv, and <output>.png,
-three orthogonal slices with the segmentation over them.  The same command goes on where it was interrupted:
-finished parts are in <output>.parts until the output is whole.
+Reads and writes HDF5, TIFF, NIfTI, OME-Zarr.  Beside the output: <output>_instances.csv, and <output>.png of
+three slices.  The same command goes on where it was interrupted: what is finished is in <output>.parts.
 """
 
 import argparse
@@ -42,7 +41,7 @@ MODES = {"instances": np.uint32, "classes": np.uint8, "probs": np.float16}
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
     add("--checkpoint", required=True, metavar="PATH", help="a vista3d_*.pt")
     add("--input", required=True, type=Path, metavar="PATH",
@@ -164,6 +163,8 @@ def run_windows(volume, predict, patch, stride, grid, args, parts, device):
         for z0, z1, slab in slabs:
             parts.save_slab(z0, z1, slab.cpu().numpy())
             progress.update(z1 - z0)
+            if progress.disable and is_main():                           # no terminal, but perhaps a log file
+                print(f"Sections {z0} to {z1 - 1} of {volume.shape[0]} finished", flush=True)
 
 
 def window_name(index):
@@ -174,8 +175,7 @@ def window_name(index):
 def paint_instances(grid, args, parts, writer):
     """Stitch the blocks' instances and write them section by section; returns the table of them.
 
-    An instance keeps the voxels whose class, as all windows together see it, is its own, and those that it
-    grew into.
+    An instance keeps the voxels whose class, blended of all windows, is its own, and those that it grew into.
     """
     sections = lru_cache(maxsize=1)(parts.sections)            # of the row of blocks that is read
 
@@ -213,6 +213,9 @@ def write_output(volume, grid, args, parts, spacing_nm):
     print(f"Output: {args.output}")
     if args.mode == "instances":
         print(f"{found.write(f'{args.output}_instances.csv')} instances: {args.output}_instances.csv")
+        share = found.sums[:, 0].max() / np.prod(volume.shape)
+        if share > 0.9:
+            print(f"One instance fills {share:.0%} of the volume: the network knows too little; train longer")
     if args.mode != "probs":
         labels = open_volume(args.output, args.output_key if args.output.suffix.startswith(".h") else None)
         Image.fromarray(orthogonal_slices(volume, labels, args.spacing_nm)).save(f"{args.output}.png")
@@ -231,6 +234,8 @@ def main():
     if spacing_nm is None:
         say(f"{args.input}: voxel size unknown, --spacing-nm sets it; as in training: {args.spacing_nm} nm")
     patch, stride, grid = choose_windows(args, volume.shape)
+    if is_main() and args.output.exists():
+        print(f"Replaces {args.output}", flush=True)
     parts = open_parts(args, volume, patch, stride)
     predict = build_predict(load_trained(build_model(), checkpoint, device), device, args.tta)
     run_windows(volume, predict, patch, stride, grid, args, parts, device)

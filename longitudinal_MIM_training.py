@@ -10,7 +10,6 @@ Settings: constants.py, sections 1 to 11.
 """
 
 import math
-import signal
 import sys
 import time
 from contextlib import nullcontext
@@ -32,14 +31,14 @@ from models.pretrained import load_efficientnet_weights, load_vit_weights
 from prepare_data import make_longitudinal_demo
 from utils import config, distributed, states
 from utils.checkpoint import save_checkpoint
-from utils.device import autocast, to_device
+from utils.device import autocast, gradient_scaler, to_device
 from utils.ema import EMA
 from utils.history import Trackers, batch_line, epoch_line, progress_bar, write_history
 from utils.interrupts import Interrupts
 from utils.metrics import ChangeMetrics
 from utils.optim import build_optimizer, parameter_groups
 from utils.overlay import sample_sheet
-from utils.runs import best_row, check_finite, keep_checkpoint, open_run, resume_position
+from utils.runs import best_row, check_finite, keep_checkpoint, open_run, own_sums, resume_position
 from utils.schedules import accumulation_group, go_to_step, mask_probability
 
 KIND = "longitudinal_mim"
@@ -51,7 +50,7 @@ def build_data(data, fast_dev_run):
     data = builders.data_path(data, make_longitudinal_demo, "longitudinal/pairs")
     cases = find_cases(data, C.ON_BAD_FILE)
     splits = split_cases(cases, data, C.VAL_FRACTION, C.TEST_FRACTION, C.SPLIT_CSV or None)
-    splits = builders.thin(splits, C.BATCH_SIZE) if fast_dev_run else splits
+    splits = builders.say_splits(builders.thin(splits, C.BATCH_SIZE) if fast_dev_run else splits, "pairs")
     augment = XrayAugment(C.AUG_FLIP, C.AUG_ROTATION, C.AUG_SHIFT, C.AUG_SCALE,
                           C.AUG_CLAHE, C.AUG_SHARPNESS, C.AUG_EXPOSURE, C.AUG_NOISE)
     mask = PatchMask(C.MASK_PATCH_SIZE, C.MASK_MODE)
@@ -190,13 +189,16 @@ def main():
     # Optimizer
     optimizer, scheduler, gan_optimizer = build_optimization(model, discriminator, total_steps,
                                                              steps_per_epoch)
-    scaler = torch.amp.GradScaler(device.type, enabled=C.PRECISION == "fp16")
+    scaler = gradient_scaler(device, C.PRECISION)
     ema = EMA(model, C.EMA_DECAY, C.EMA_WARMUP) if C.USE_EMA else None
 
     # Resume
     first_epoch, first_batch, step, best, history, running, bad_files = 1, 0, 0, None, [], {}, set()
     torch.manual_seed(C.SEED + distributed.rank())                  # dropout differs between ranks
     if checkpoint is not None:
+        changed = config.changed_constants(C, checkpoint["constants"])
+        for change in changed:
+            distributed.say(f"Changed since the checkpoint: {change}")
         settings = states.load_training_state(checkpoint, model, optimizer, scaler)
         if ema is not None:
             ema.load_state_dict(checkpoint["ema_state_dict"])
@@ -207,15 +209,12 @@ def main():
         step, best, history = checkpoint["step"], checkpoint["best"], checkpoint["history"]
         first_epoch, first_batch = resume_position(checkpoint, num_batches, C.UPDATE_EVERY_BATCHES)
         share = first_batch / max(1, checkpoint["batch_in_epoch"])       # 1, unless batches are others now
-        running = {name: share * value.to(device) for name, value in checkpoint["running"].items()}
-        changed = config.changed_constants(C, checkpoint["constants"])
+        running = own_sums(checkpoint["running"], share, device)
         if changed or checkpoint["total_steps"] != total_steps:
             done = (first_epoch - 1) * steps_per_epoch + math.ceil(first_batch / C.UPDATE_EVERY_BATCHES)
             go_to_step(scheduler, settings, min(done, total_steps))
         else:
             scheduler.load_state_dict(checkpoint["scheduler_state_dict"])
-        for change in changed:
-            distributed.say(f"Changed since the checkpoint: {change}")
         if distributed.is_main():
             keep_checkpoint(run_dir, KIND, C.KEEP_TOP_K, C.SAVE_EVERY_EPOCHS, *MONITOR)
     if C.COMPILE:
@@ -238,7 +237,7 @@ def main():
             "kind": KIND, "epoch": epoch, "batch_in_epoch": batch_in_epoch, "num_batches": num_batches,
             "total_steps": total_steps, "step": step, "best": best,
             "train_loss": train_loss, "val_loss": val_loss, "history": history,
-            "running": {name: distributed.all_reduce_mean(value) for name, value in running.items()},
+            "running": distributed.gather({name: value.cpu() for name, value in running.items()}),
             **states.training_state(model, optimizer, scheduler, scaler),
             "ema_state_dict": ema.state_dict() if ema is not None else None,
             "gan_state_dict": None if discriminator is None else {
@@ -250,13 +249,13 @@ def main():
         interrupts.saved()
 
     def stop(epoch, batch_in_epoch):
-        """Save, and end the process as SIGTERM would have."""
+        """Save, and end the process as the signal would have."""
         save_last(epoch, batch_in_epoch)
         if distributed.is_main():
             trackers.close()
             print(f"Stopped at epoch {epoch}, batch {batch_in_epoch}/{num_batches}; resume with -c auto")
         distributed.cleanup()
-        sys.exit(128 + signal.SIGTERM)
+        sys.exit(interrupts.exit_code)
 
     # Train
     for epoch in range(first_epoch, epochs + 1):
@@ -350,7 +349,7 @@ def main():
         trackers.close()
         if bad_files:
             print(f"Skipped {len(bad_files)} bad files: {', '.join(sorted(bad_files))}")
-        print(f"Done: {run_dir}")
+        print(f"{'Done' if first_epoch <= epochs else 'All epochs were done before'}: {run_dir}")
     distributed.cleanup()
 
 

@@ -15,10 +15,12 @@ Interrupt and start again as you like: what is whole is kept, the rest is made.
 
 import argparse
 import json
+from functools import partial
 from pathlib import Path
 
 import constants as C
 from datasets.cache import INDEX, write_cache
+from datasets.cache_report import told_of
 from datasets.demo import write_longitudinal_demo
 from datasets.demo_em import write_em_demo
 from datasets.demo_leaves import make_leaves
@@ -27,14 +29,15 @@ from datasets.demo_studies import write_demo_studies
 from datasets.download import DATASETS, download
 from datasets.drr import write_ct_pairs
 from datasets.findings import FINDINGS
-from datasets.pair_files import find_sources, find_volumes
+from datasets.pair_files import describe_sources, find_sources, find_volumes
 from datasets.pairs import write_pairs
 from utils.config import UserError, apply_overrides, closest, run_script
 
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands = parser.add_subparsers(dest="command", required=True,
+                                     parser_class=partial(argparse.ArgumentParser, allow_abbrev=False))
     demo = commands.add_parser("demo", help="small made-up sets, ready for training")
     demo.add_argument("sets", nargs="*", metavar="SET",
                       help=f"which ones: {', '.join(DEMOS)} (default: all)")
@@ -197,6 +200,7 @@ def make_cache(args):
           f"{counts['removed']} removed")
     if counts["bad"]:
         print(f"{counts['bad']} files or series could not be used: {Path(args.output) / 'bad_files.csv'}")
+    print("\n".join(told_of(args.output)))
     print(f"Cache: {args.output}; MRI or CT: {Path(args.output) / 'mode_mapping.csv'}")
 
 
@@ -207,11 +211,10 @@ def make_pairs(args):
     find, write, settings = ((find_volumes, write_ct_pairs, ct_settings) if args.ct else
                              (find_sources, write_pairs, pair_settings))
     sources = find(args.data, args.patients)
+    print("\n".join(describe_sources(sources, args.data, args.patients)), flush=True)
     counts = write(sources, args.output, args.per_image, args.size, args.seed, args.workers,
                    settings(findings))
-    patients = len({patient for patient, _ in sources})
-    print(f"{counts['made']} pairs made and {counts['kept']} kept; "
-          f"{len(sources)} images of {patients} patients")
+    print(f"{counts['made']} pairs made and {counts['kept']} kept")
     if counts["bad"]:
         print(f"{counts['bad']} files could not be used: {Path(args.output) / 'bad_files.csv'}")
     print(f"Pairs: {args.output}")

@@ -25,7 +25,6 @@ Settings: constants.py, sections 1 to 3, for mil 12 to 14, 18, 19, hvit 25, 28, 
 """
 
 import math
-import signal
 import sys
 import time
 from collections.abc import Callable
@@ -52,14 +51,14 @@ from utils import config, distributed, states
 from utils.attention_maps import draw_attention
 from utils.checkpoint import save_checkpoint
 from utils.classification import StudyMetrics
-from utils.device import autocast, to_device
+from utils.device import autocast, gradient_scaler, to_device
 from utils.ema import EMA
 from utils.history import Trackers, batch_line, epoch_line, progress_bar, write_history
 from utils.interrupts import Interrupts
 from utils.optim import drop_frozen_, parameter_groups
 from utils.photo_metrics import PhotoMetrics
 from utils.photo_sheet import photo_sheet, prediction_rows
-from utils.runs import best_row, check_finite, keep_checkpoint, open_run, resume_position, stale_for
+from utils.runs import best_row, check_finite, keep_checkpoint, open_run, own_sums, resume_position, stale_for
 from utils.schedules import accumulation_group, go_to_step
 from utils.scores import LogitScores, SliceScores, check_monitor, one_slice
 from utils.slice_sheet import slice_rows, slice_sheet
@@ -99,7 +98,7 @@ def build_mil(args, run_dir, resumed):
     names = labels.names
     splits = split_studies(studies, C.STUDY_VAL_FRACTION, C.STUDY_TEST_FRACTION, C.STUDY_SPLIT_CSV or None)
     weight = labels.loss_weights(splits["train"], C.MIL_CLASS_WEIGHTS, C.MIL_BALANCE)
-    splits = builders.thin(splits, 1) if args.fast_dev_run else splits
+    splits = builders.say_splits(builders.thin(splits, 1) if args.fast_dev_run else splits, "studies")
     train_set = builders.study_set(splits["train"], True, windows="all", labels=labels,
                                    random_crop=C.MIL_RANDOM_CROP, patch_drop_rate=C.MIL_PATCH_DROP)
     val_set = builders.study_set(splits["val"], False, windows="all", labels=labels)
@@ -289,7 +288,7 @@ def main():
     # Optimizer
     optimizer, scheduler = builders.build_optimization(
         task.parameters(distributed.unwrap(model)), task.schedule, total_steps, round(total_steps / epochs))
-    scaler = torch.amp.GradScaler(device.type, enabled=C.PRECISION == "fp16")
+    scaler = gradient_scaler(device, C.PRECISION)
     ema = EMA(model, C.EMA_DECAY, C.EMA_WARMUP) if C.USE_EMA else None
 
     # Resume
@@ -300,6 +299,9 @@ def main():
         if then != now:
             raise config.UserError(f"the checkpoint is for {', '.join(then)}, the labels for "
                                    f"{', '.join(now)}; resume with the labels of the run")
+        changed = config.changed_constants(C, checkpoint["constants"])
+        for change in changed:
+            distributed.say(f"Changed since the checkpoint: {change}")
         settings = states.load_training_state(checkpoint, model, optimizer, scaler)
         if ema is not None:
             ema.load_state_dict(checkpoint["ema_state_dict"])
@@ -307,14 +309,11 @@ def main():
         batches = sampler.length(checkpoint["epoch"])
         first_epoch, first_batch = resume_position(checkpoint, batches, task.every)
         share = first_batch / max(1, checkpoint["batch_in_epoch"])       # 1, unless batches are others now
-        running = {name: share * value.to(device) for name, value in checkpoint["running"].items()}
-        changed = config.changed_constants(C, checkpoint["constants"])
+        running = own_sums(checkpoint["running"], share, device)
         if changed or checkpoint["total_steps"] != total_steps:
             go_to_step(scheduler, settings, sum(steps[:first_epoch - 1], -(-first_batch // task.every)))
         else:
             scheduler.load_state_dict(checkpoint["scheduler_state_dict"])
-        for change in changed:
-            distributed.say(f"Changed since the checkpoint: {change}")
         if distributed.is_main():
             keep_checkpoint(run_dir, task.kind, C.KEEP_TOP_K, C.SAVE_EVERY_EPOCHS, *task.monitor)
     if C.COMPILE:
@@ -337,7 +336,7 @@ def main():
             "kind": task.kind, "epoch": epoch, "batch_in_epoch": batch_in_epoch,
             "num_batches": sampler.length(epoch), "total_steps": total_steps, "step": step, "best": best,
             "train_loss": train_loss, "val_loss": val_loss, "history": history,
-            "running": {name: distributed.all_reduce_mean(value) for name, value in running.items()},
+            "running": distributed.gather({name: value.cpu() for name, value in running.items()}),
             "ema_state_dict": ema.state_dict() if ema is not None else None, "names": task.names,
             "mask_names": task.mask_names,
             **states.training_state(model, optimizer, scheduler, scaler),
@@ -347,13 +346,13 @@ def main():
         interrupts.saved()
 
     def stop(epoch, batch_in_epoch):
-        """Save, and end the process as SIGTERM would have."""
+        """Save, and end the process as the signal would have."""
         save_last(epoch, batch_in_epoch)
         if distributed.is_main():
             trackers.close()
             print(f"Stopped at epoch {epoch}, batch {batch_in_epoch}/{num_batches}; resume with -c auto")
         distributed.cleanup()
-        sys.exit(128 + signal.SIGTERM)
+        sys.exit(interrupts.exit_code)
 
     # Train
     for epoch in range(first_epoch, epochs + 1):
@@ -437,7 +436,7 @@ def main():
         trackers.close()
         if bad_files:
             print(f"Skipped {len(bad_files)} bad files: {', '.join(sorted(bad_files))}")
-        print(f"Done: {run_dir}")
+        print(f"{'Done' if first_epoch <= epochs else 'All epochs were done before'}: {run_dir}")
     distributed.cleanup()
 
 

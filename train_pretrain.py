@@ -16,7 +16,6 @@ Settings: constants.py, sections 1 to 3, for jepa 12 to 17, simclr 25 to 27.
 """
 
 import math
-import signal
 import sys
 import time
 from collections.abc import Callable
@@ -42,7 +41,7 @@ from models.simclr import SimCLR
 from utils import config, distributed, states
 from utils.checkpoint import load_backbone, save_checkpoint
 from utils.collapse import feature_statistics
-from utils.device import autocast, to_device
+from utils.device import autocast, gradient_scaler, to_device
 from utils.ema import make_teacher, update_teacher_
 from utils.history import Trackers, batch_line, epoch_line, progress_bar, write_history
 from utils.interrupts import Interrupts
@@ -50,7 +49,7 @@ from utils.mask_sheet import mask_rows, mask_sheet
 from utils.optim import parameter_groups
 from utils.photo_probe import probe_photos
 from utils.photo_sheet import photo_sheet, view_rows
-from utils.runs import best_row, check_finite, keep_checkpoint, open_run, resume_position
+from utils.runs import best_row, check_finite, keep_checkpoint, open_run, own_sums, resume_position
 from utils.schedules import accumulation_group, go_to_step, teacher_momentum
 from utils.study_probe import probe_studies
 
@@ -86,6 +85,7 @@ def build_jepa(args, run_dir, resumed):
     data, labels = builders.study_paths(args.data)
     splits = split_studies(read_cache(data), C.STUDY_VAL_FRACTION, C.STUDY_TEST_FRACTION,
                            C.STUDY_SPLIT_CSV or None)
+    builders.say_splits(splits, "studies")
     if args.fast_dev_run:
         splits = {name: studies[:distributed.world_size()] for name, studies in splits.items()}
     options = {"windows": "all" if C.JEPA_STUDY_SAMPLER else "sample", "mask": builders.build_study_mask()}
@@ -252,12 +252,15 @@ def main():
     # Optimizer
     optimizer, scheduler = builders.build_optimization(
         method.parameters(model), method.schedule, total_steps, round(total_steps / epochs))
-    scaler = torch.amp.GradScaler(device.type, enabled=C.PRECISION == "fp16")
+    scaler = gradient_scaler(device, C.PRECISION)
 
     # Resume
     first_epoch, first_batch, step, best, history, running, bad_files = 1, 0, 0, None, [], {}, set()
     torch.manual_seed(C.SEED + distributed.rank())                  # dropout differs between ranks
     if checkpoint is not None:
+        changed = config.changed_constants(C, checkpoint["constants"])
+        for change in changed:
+            distributed.say(f"Changed since the checkpoint: {change}")
         settings = states.load_training_state(checkpoint, model, optimizer, scaler)
         if teacher is not None:
             states.load_model_state(teacher, checkpoint["teacher_state_dict"])
@@ -265,14 +268,11 @@ def main():
         batches = sampler.length(checkpoint["epoch"])
         first_epoch, first_batch = resume_position(checkpoint, batches, method.every)
         share = first_batch / max(1, checkpoint["batch_in_epoch"])       # 1, unless batches are others now
-        running = {name: share * value.to(device) for name, value in checkpoint["running"].items()}
-        changed = config.changed_constants(C, checkpoint["constants"])
+        running = own_sums(checkpoint["running"], share, device)
         if changed or checkpoint["total_steps"] != total_steps:
             go_to_step(scheduler, settings, sum(steps[:first_epoch - 1], -(-first_batch // method.every)))
         else:
             scheduler.load_state_dict(checkpoint["scheduler_state_dict"])
-        for change in changed:
-            distributed.say(f"Changed since the checkpoint: {change}")
         if distributed.is_main():
             keep_checkpoint(run_dir, method.kind, C.KEEP_TOP_K, C.SAVE_EVERY_EPOCHS, *method.monitor)
     if C.COMPILE:
@@ -295,7 +295,7 @@ def main():
             "kind": method.kind, "epoch": epoch, "batch_in_epoch": batch_in_epoch,
             "num_batches": sampler.length(epoch), "total_steps": total_steps, "step": step, "best": best,
             "train_loss": train_loss, "val_loss": val_loss, "history": history,
-            "running": {name: distributed.all_reduce_mean(value) for name, value in running.items()},
+            "running": distributed.gather({name: value.cpu() for name, value in running.items()}),
             "teacher_state_dict": None if teacher is None else states.model_state(teacher),
             **states.training_state(model, optimizer, scheduler, scaler),
             "constants": config.hyperparameters(C)}
@@ -304,13 +304,13 @@ def main():
         interrupts.saved()
 
     def stop(epoch, batch_in_epoch):
-        """Save, and end the process as SIGTERM would have."""
+        """Save, and end the process as the signal would have."""
         save_last(epoch, batch_in_epoch)
         if distributed.is_main():
             trackers.close()
             print(f"Stopped at epoch {epoch}, batch {batch_in_epoch}/{num_batches}; resume with -c auto")
         distributed.cleanup()
-        sys.exit(128 + signal.SIGTERM)
+        sys.exit(interrupts.exit_code)
 
     # Train
     for epoch in range(first_epoch, epochs + 1):
@@ -391,7 +391,7 @@ def main():
         trackers.close()
         if bad_files:
             print(f"Skipped {len(bad_files)} bad files: {', '.join(sorted(bad_files))}")
-        print(f"Done: {run_dir}")
+        print(f"{'Done' if first_epoch <= epochs else 'All epochs were done before'}: {run_dir}")
     distributed.cleanup()
 
 

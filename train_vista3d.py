@@ -8,13 +8,13 @@
         --set VISTA_ENCODER=token_vit
     torchrun --nproc_per_node=4 train_vista3d.py -p foundation -n all --data data --set STRATEGY=fsdp
 
-Presets: snemi2d, snemi3d, cremi3d, combine, foundation.  Data: the folders snemi3d, cremi3d, mitoem2, as
-`prepare_data.py download` brings them, or a volumes.csv that names your own.
+Presets: em_demo, em_small for a CPU; snemi2d, snemi3d, cremi3d, combine, foundation for a GPU.  Data: the
+folders snemi3d, cremi3d, mitoem2, as `prepare_data.py download` brings them, or a volumes.csv that names your
+own.
 Settings: constants.py, sections 1 to 3 and 20 to 24.
 """
 
 import math
-import signal
 import sys
 import time
 from contextlib import nullcontext
@@ -27,7 +27,8 @@ import constants as C
 from datasets.connectomics import ConnectomicsDataset
 from datasets.em_augment import EMAugment
 from datasets.em_labels import CLASSES, IGNORE, INSTANCE_CLASSES
-from datasets.em_sources import find_sources
+from datasets.em_sources import find_sources, notes_on
+from datasets.splits import SPLITS
 from losses.discriminative import discriminative_loss
 from losses.segmentation import check_class_weights, semantic_loss
 from models.vista import Vista
@@ -35,14 +36,14 @@ from prepare_data import make_em_demo
 from utils import config, distributed, states
 from utils.agglomeration import segment
 from utils.checkpoint import save_checkpoint
-from utils.device import autocast, to_device
+from utils.device import autocast, gradient_scaler, to_device
 from utils.em_pictures import sheet
 from utils.ema import EMA
 from utils.history import Trackers, batch_line, epoch_line, progress_bar, write_history
 from utils.instance_metrics import Contingency, SemanticMetrics
 from utils.interrupts import Interrupts
 from utils.optim import parameter_groups
-from utils.runs import best_row, check_finite, keep_checkpoint, open_run, resume_position, stale_for
+from utils.runs import best_row, check_finite, keep_checkpoint, open_run, own_sums, resume_position, stale_for
 from utils.schedules import accumulation_group, go_to_step
 
 KIND = "vista3d"
@@ -53,6 +54,10 @@ def build_data(data, fast_dev_run):
     """(training loader, validation loader, root folder); of the demo volumes when ``data`` is None."""
     data = builders.data_path(data, make_em_demo, "em")
     sources = find_sources(data, C.VISTA_DATASETS, C.VISTA_VAL_FRACTION, C.VISTA_TEST_FRACTION, C.VISTA_GAP)
+    builders.say_splits({split: [z for source in sources if source.split == split
+                                 for z in range(*source.sections)] for split in SPLITS}, "sections")
+    for note in notes_on(sources, 1 if C.VISTA_SLICES else C.VISTA_PATCH_SIZE[0]):
+        distributed.say(note)
     augment = EMAugment(flip=C.VISTA_AUG_FLIP, rotate=C.VISTA_AUG_ROTATE, max_angle=C.VISTA_AUG_ANGLE,
                         elastic=C.VISTA_AUG_ELASTIC, noise=C.VISTA_AUG_NOISE, noise_std=C.VISTA_AUG_NOISE_STD,
                         gamma=C.VISTA_AUG_GAMMA, gamma_range=C.VISTA_AUG_GAMMA_RANGE,
@@ -143,7 +148,8 @@ def evaluate(model, loader, class_weights, device, interrupts):
                 figures = table.scores()
                 scores += torch.tensor([[figures[name], 1.0] for name in SCORES], dtype=torch.float64)
             if len(rows) < C.SAMPLES_PER_EPOCH:
-                rows.append({"image": batch["image"][k, 0].cpu(), "instances": batch["instances"][k].cpu(),
+                rows.append({"image": batch["image"][k, 0].cpu(), "classes": batch["classes"][k].cpu(),
+                             "instances": batch["instances"][k].cpu(),
                              "predicted_classes": predicted[k].cpu(), "predicted_instances": ids})
     metrics.reduce()
     count = distributed.all_reduce_sum(torch.tensor(float(count), device=device)).item()
@@ -186,28 +192,28 @@ def main():
                 "start_lr": C.START_LR, "final_lr": C.VISTA_FINAL_LR}
     optimizer, scheduler = builders.build_optimization(
         [{**group, "lr": C.VISTA_LR} for group in groups], schedule, total_steps, steps_per_epoch)
-    scaler = torch.amp.GradScaler(device.type, enabled=C.PRECISION == "fp16")
+    scaler = gradient_scaler(device, C.PRECISION)
     ema = EMA(model, C.EMA_DECAY, C.EMA_WARMUP) if C.USE_EMA else None
 
     # Resume
     first_epoch, first_batch, step, best, history, running, bad_files = 1, 0, 0, None, [], {}, set()
     torch.manual_seed(C.SEED + distributed.rank())                  # dropout differs between ranks
     if checkpoint is not None:
+        changed = config.changed_constants(C, checkpoint["constants"])
+        for change in changed:
+            distributed.say(f"Changed since the checkpoint: {change}")
         settings = states.load_training_state(checkpoint, model, optimizer, scaler)
         if ema is not None:
             ema.load_state_dict(checkpoint["ema_state_dict"])
         step, best, history = checkpoint["step"], checkpoint["best"], checkpoint["history"]
         first_epoch, first_batch = resume_position(checkpoint, num_batches, C.VISTA_UPDATE_EVERY_BATCHES)
         share = first_batch / max(1, checkpoint["batch_in_epoch"])       # 1, unless batches are others now
-        running = {name: share * value.to(device) for name, value in checkpoint["running"].items()}
-        changed = config.changed_constants(C, checkpoint["constants"])
+        running = own_sums(checkpoint["running"], share, device)
         if changed or checkpoint["total_steps"] != total_steps:
             done = (first_epoch - 1) * steps_per_epoch + math.ceil(first_batch / C.VISTA_UPDATE_EVERY_BATCHES)
             go_to_step(scheduler, settings, min(done, total_steps))
         else:
             scheduler.load_state_dict(checkpoint["scheduler_state_dict"])
-        for change in changed:
-            distributed.say(f"Changed since the checkpoint: {change}")
         if distributed.is_main():
             keep_checkpoint(run_dir, KIND, C.KEEP_TOP_K, C.SAVE_EVERY_EPOCHS, *monitor)
     if C.COMPILE:
@@ -231,7 +237,7 @@ def main():
             "kind": KIND, "epoch": epoch, "batch_in_epoch": batch_in_epoch, "num_batches": num_batches,
             "total_steps": total_steps, "step": step, "best": best,
             "train_loss": train_loss, "val_loss": val_loss, "history": history,
-            "running": {name: distributed.all_reduce_mean(value) for name, value in running.items()},
+            "running": distributed.gather({name: value.cpu() for name, value in running.items()}),
             **states.training_state(model, optimizer, scheduler, scaler),
             "ema_state_dict": ema.state_dict() if ema is not None else None,
             "constants": config.hyperparameters(C),
@@ -241,13 +247,13 @@ def main():
         interrupts.saved()
 
     def stop(epoch, batch_in_epoch):
-        """Save, and end the process as SIGTERM would have."""
+        """Save, and end the process as the signal would have."""
         save_last(epoch, batch_in_epoch)
         if distributed.is_main():
             trackers.close()
             print(f"Stopped at epoch {epoch}, batch {batch_in_epoch}/{num_batches}; resume with -c auto")
         distributed.cleanup()
-        sys.exit(128 + signal.SIGTERM)
+        sys.exit(interrupts.exit_code)
 
     # Train
     for epoch in range(first_epoch, epochs + 1):
@@ -334,7 +340,7 @@ def main():
         trackers.close()
         if bad_files:
             print(f"Skipped {len(bad_files)} bad files: {', '.join(sorted(bad_files))}")
-        print(f"Done: {run_dir}")
+        print(f"{'Done' if first_epoch <= epochs else 'All epochs were done before'}: {run_dir}")
     distributed.cleanup()
 
 

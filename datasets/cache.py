@@ -1,12 +1,11 @@
 """The cache of brain studies: each series of a folder preprocessed once, then read in under a millisecond.
 
-    <cache>/metadata.json, mode_mapping.csv, bad_files.csv
+    <cache>/metadata.json, mode_mapping.csv, bad_files.csv, notes.csv
     <cache>/processed/<study>/<name>.pt                an MRI; or <name>_brain.pt, _blood.pt, _bone.pt: a CT
                              /<name>_mask.pt           its background in packed bits, 1 = background
                              /<name>_metadata.json     its record, written last: the series is whole
 """
 
-import csv
 import json
 import math
 import os
@@ -19,6 +18,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from datasets.cache_report import write_modes, write_notes
 from datasets.cache_series import (
     RECORD,
     image_path,
@@ -85,8 +85,8 @@ def write_cache(raw, output, modes_csv, workers, settings):
     ct_background HU).
     A series is kept when its source and mode did not change, and removed with its source.  An interrupted run
     leaves whole series only; read_cache refuses the cache until a run has ended.  Sources that cannot be used
-    are listed in bad_files.csv.  Raises UserError when none can, when the CSV is wrong (see read_modes), when
-    the folder's cache was made with other settings, or when these make no sense.
+    are in bad_files.csv, series that were repaired in notes.csv.  Raises UserError when no source can be
+    used, the CSV is wrong (see read_modes), settings make no sense, or are not those of the cache there.
     """
     check_settings(settings)
     raw, output = Path(raw), Path(output)
@@ -118,6 +118,7 @@ def write_cache(raw, output, modes_csv, workers, settings):
             bad.append((below(raw, source.paths[0]), reason))
     list_bad_files(output, sorted(bad))
     write_modes(output, modes)
+    write_notes(output, records)
     if not records:
         raise UserError(f"{output}: none of {len(bad)} sources could be cached; see bad_files.csv there")
     removed = remove_rest(output, {path for source, record in records.items()
@@ -188,13 +189,6 @@ def modes_of(found, given):
     for source, _, vote in sorted(found, key=lambda item: (item[0].study, item[0].name)):
         votes.setdefault(source.study, []).append(vote)
     return {study: (given[study], "csv") if study in given else decide(votes[study]) for study in votes}
-
-
-def write_modes(output, modes):
-    """Write mode_mapping.csv: study, mode, source; corrected, it can be given to the next run."""
-    with open(output / "mode_mapping.csv", "w", newline="", errors="backslashreplace") as file:
-        csv.writer(file).writerows([("study", "mode", "source"),
-                                    *((study, *mode) for study, mode in modes.items())])
 
 
 def remove_rest(output, wanted):

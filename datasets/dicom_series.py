@@ -11,6 +11,7 @@ from utils.config import BadFile
 MIN_SLICES = 4
 SAME_PLACE = 0.01                                    # mm
 MISSING = 1.5                                        # a slice is missing from a gap so many times too wide
+NEAR = 2                                             # gaps on each side that tell how wide one should be
 UNEVEN = 0.05                                        # of the spacing, off the even place
 
 
@@ -97,15 +98,17 @@ def without_repeats(where, frames, normal, notes):
 def check_positions(where, frames, at):
     """Raise BadFile when slices do not lie on a straight line, or one is missing.
 
-    A gap is too wide when it exceeds MISSING times the largest of the median gap and what the slices beside
-    it say of their thickness and spacing.
+    A gap is too wide when it exceeds MISSING times what is due there: the median gap, or where the NEAR gaps
+    on both sides are all smaller, as in the thin part of a series of two spacings, the widest of these; but
+    never less than what the slices beside it say of their thickness and spacing.
     """
     positions = np.array([frame.position for frame in frames])
     line = positions[0] + np.outer(at / at[-1], positions[-1] - positions[0])
     if np.linalg.norm(positions - line, axis=1).max() > 0.5 * min(frames[0].form.geometry[8:]):
         raise BadFile(f"{where}: slices that do not lie on a straight line")
     gaps, own = np.diff(at), np.array([frame.form.thickness for frame in frames])
-    due = np.maximum(np.median(gaps), np.maximum(own[:-1], own[1:]))
+    around = np.array([max([*gaps[max(i - NEAR, 0):i], *gaps[i + 1:i + 1 + NEAR]]) for i in range(len(gaps))])
+    due = np.maximum(np.minimum(np.median(gaps), around), np.maximum(own[:-1], own[1:]))
     wide = np.argmax(gaps / due)
     if gaps[wide] > MISSING * due[wide]:
         raise BadFile(f"{where}: missing slice(s): a gap of {gaps[wide]:.2f} mm, not {due[wide]:.2f}")

@@ -33,6 +33,7 @@ class Source:
     complete    the classes that are annotated wherever they occur
     taught      the classes that some volume of the training annotates
     zero        what 0 of the neuron labels is: "background" | "boundary" | "ignore"
+    assumed     whether spacing_nm is the data set's own, since no file tells
     codes       {word: value} where label files hold one value per class and no ids; "ignore": not annotated.
                 Their boundary is that of the mitochondria.  Else empty.
     """
@@ -47,6 +48,7 @@ class Source:
     sections: tuple = None
     zero: str = "background"
     taught: frozenset = frozenset(CLASSES[1:])
+    assumed: bool = False
     codes: dict = field(default_factory=dict)
 
     def __post_init__(self):
@@ -120,10 +122,10 @@ def snemi3d(folder):
     sources = []
     for name in names:
         raw, labels = open_volume(files[f"{name}_inputs"]), open_volume(files[f"{name}_labels"])
-        spacing = raw.spacing_nm or labels.spacing_nm or SNEMI3D_NM
+        spacing = raw.spacing_nm or labels.spacing_nm
         split = SNEMI3D_SPLITS.get(name.lower(), "") if both else ""
-        sources.append(Source(name, "snemi3d", raw, {"neuron": labels}, spacing, frozenset({"neuron"}),
-                              split))
+        sources.append(Source(name, "snemi3d", raw, {"neuron": labels}, spacing or SNEMI3D_NM,
+                              frozenset({"neuron"}), split, assumed=spacing is None))
     return sources
 
 
@@ -140,7 +142,8 @@ def cremi3d(folder):
         if not labels:
             continue
         raw = open_volume(path, "volumes/raw")
-        spacing = raw.spacing_nm or next(iter(labels.values())).spacing_nm or CREMI_NM
+        told = raw.spacing_nm or next(iter(labels.values())).spacing_nm
+        spacing = told or CREMI_NM
         corners = {place_of(raw, volume, spacing) for volume in labels.values()}
         shapes = {tuple(volume.shape) for volume in labels.values()}
         if len(corners) > 1 or len(shapes) > 1:
@@ -153,7 +156,7 @@ def cremi3d(folder):
             raw = Box(raw, corner, shape)
         elif any(corner):
             raise BadFile(f"{path}: labels are as large as the image, but lie {corner} voxels off it")
-        sources.append(Source(name, "cremi3d", raw, labels, spacing, frozenset(labels)))
+        sources.append(Source(name, "cremi3d", raw, labels, spacing, frozenset(labels), assumed=told is None))
     return sources
 
 
@@ -205,10 +208,10 @@ def mitochondria(name, image, labels, codes):
         looked_at = np.unique(np.linspace(0, depth - 1, LOOKED_AT).astype(int))
         largest = max(labels[z:z + 1, 0:labels.shape[1], 0:labels.shape[2]].max() for z in looked_at)
         codes = MITOEM_CODES if largest <= max(MITOEM_CODES.values()) else {}
-    spacing = raw.spacing_nm or labels.spacing_nm or MITOEM_NM
+    spacing = raw.spacing_nm or labels.spacing_nm
     words = [word for word in ("mitochondrion", "boundary") if word in (codes or {"mitochondrion"})]
-    return Source(name, "mitoem2", raw, dict.fromkeys(words, labels), spacing, frozenset({"mitochondrion"}),
-                  codes=codes)
+    return Source(name, "mitoem2", raw, dict.fromkeys(words, labels), spacing or MITOEM_NM,
+                  frozenset({"mitochondrion"}), assumed=spacing is None, codes=codes)
 
 
 def codes_of(path):

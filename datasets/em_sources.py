@@ -1,5 +1,6 @@
 """Which sections of which volumes of electron microscopy are for training, validation and test."""
 
+import json
 import os
 from dataclasses import replace
 from itertools import combinations
@@ -55,12 +56,36 @@ def read_dataset(data, word, datasets):
     if not folder.is_dir():
         if data.name != word and list(datasets) != [word] or not data.is_dir():
             raise UserError(f"{folder}: no such folder; download {word} into it, take it out of "
-                            f"VISTA_DATASETS, or list your volumes in {data / TABLE}")
+                            f"VISTA_DATASETS, or list your volumes in {data / TABLE}{others(data, word)}")
         folder = data
     sources = read(folder)
     if not sources:
-        raise UserError(f"{folder}: no volume of {word} with labels; expected {expected}")
+        raise UserError(f"{folder}: no volume of {word} with labels; expected {expected}{others(data, word)}")
     return sources
+
+
+def others(data, word):
+    """What a message adds where ``data`` is, or holds, the folders of data sets that are not ``word``."""
+    found = [other for other in LAYOUTS if other != word and (data.name == other or (data / other).is_dir())]
+    return f"; here is {', '.join(found)}: --set 'VISTA_DATASETS={json.dumps(found)}'" if found else ""
+
+
+def notes_on(sources, depth):
+    """Lines to be said before training on ``sources``, of find_sources, in crops ``depth`` sections deep.
+
+    Which voxel size is assumed, once for each data set, and where crops are deeper than the volumes: what
+    they lack is mirrored, and is neither annotated nor an instance (ConnectomicsDataset).
+    """
+    notes = [f"{dataset}: voxels of {' x '.join(f'{step:g}' for step in spacing)} nm assumed: the files do "
+             "not tell" for dataset, spacing in dict.fromkeys((source.dataset, source.spacing_nm)
+                                                              for source in sources if source.assumed)]
+    for split in ("train", "val"):
+        depths = [end - first for first, end in (part.sections for part in sources if part.split == split)]
+        if min(depths, default=depth) < depth:
+            where = f" in the shallowest of {len(depths)} volumes" if len(depths) > 1 else ""
+            notes.append(f"{split}: {min(depths)} sections{where}, crops are {depth} deep: the rest is "
+                         "mirrored and does not count")
+    return notes
 
 
 def read_volumes(path):

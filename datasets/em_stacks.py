@@ -20,6 +20,7 @@ from datasets.picture_claims import check_claim
 from utils.config import BadFile
 
 IMAGE_SUFFIXES = (".tif", ".tiff", ".png")
+VOLUME_SUFFIXES = (".h5", ".hdf", ".hdf5", ".nii", ".nii.gz", ".zarr")           # that hold a volume each
 PNG_TYPES = {"1": np.uint8, "L": np.uint8, "P": np.uint8, "I;16": np.uint16, "I": np.int32}
 FIRST = 8                                            # bytes of a TIFF's header
 FREE = 2 ** 24                                       # bytes that a page may unpack to, of whatever size
@@ -142,7 +143,9 @@ def open_folder(path):
     files = [file for file in path.iterdir()
              if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".")]
     if not files:
-        raise BadFile(f"{path}: a folder without images ({', '.join(IMAGE_SUFFIXES)})")
+        volumes = sorted(file.name for file in path.iterdir() if file.name.lower().endswith(VOLUME_SUFFIXES))
+        listing = f"; name one of them: {', '.join(volumes[:8])}" if volumes else ""
+        raise BadFile(f"{path}: a folder without images ({', '.join(IMAGE_SUFFIXES)}){listing}")
     files.sort(key=lambda file: natural(file.name))
     first = image_form(files[0])
     for file in files:

@@ -206,11 +206,11 @@ def one_line(error):
 def image_files(folder):
     """Sorted paths of the image files below a folder, by suffix, or by the DICOM mark where there is none.
 
-    Hidden files are left out.  Raises UserError when the folder is missing or holds no image.
+    Hidden files are left out.  Raises UserError when the folder is missing, a file, or holds no image.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder")
+        raise UserError(f"{folder}: {'a file, not a folder' if folder.is_file() else 'no such folder'}")
     files = [path for path in sorted(folder.rglob("*"))
              if path.is_file() and not path.name.startswith(".")
              and (path.name.lower().endswith(SUFFIXES) or is_dicom_without_suffix(path))]

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 import torch
 
-from datasets.splits import read_table
+from datasets.splits import first_line, read_table
 from utils.config import UserError
 
-STUDY_COLUMNS = ("study_id", "study")
+STUDY_COLUMNS = ("study_id", "study")                # either word, also in the tables of modes and splits
 MISSING = ("", "nan", "na")
 KINDS = ("bce", "ce", "mse", "mae", "rmse")
 
@@ -34,7 +34,9 @@ class Labels:
         labelled = {name for name, value in self.values.items() if not value.isnan().all()}
         found = [study for study in studies if study.name in labelled]
         if not found:
-            raise UserError(f"{self.source}: has labels for none of the {len(studies)} studies")
+            raise UserError(f"{self.source}: has labels for none of the {len(studies)} studies "
+                            f"({', '.join(study.name for study in studies[:3])} ...), but for "
+                            f"{', '.join(list(self.values)[:3])} ...")
         names = {study.name for study in studies}
         return (found, [study.name for study in studies if study.name not in labelled],
                 [name for name in self.values if name not in names])
@@ -95,7 +97,7 @@ def read_labels(path, loss):
     columns = list(rows[0][1]) if rows else []
     key = next((column for column in STUDY_COLUMNS if column in columns), None)
     if key is None:
-        raise UserError(f"{path}: needs rows and a column study_id")
+        raise UserError(f"{path}: needs rows and a column study_id{first_line(path)}")
     columns.remove(key)
     if not columns or (loss == "ce" and len(columns) > 1):
         raise UserError(f"{path}: needs {'one' if loss == 'ce' else 'a'} label column beside {key}, "

@@ -20,7 +20,7 @@ import torch
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
-from datasets.io import image_files, write_nifti
+from datasets.io import image_files, one_line, write_nifti
 from datasets.splits import read_table
 from utils.config import BadFile, UserError
 from utils.files import claim, is_taken, replacing
@@ -71,6 +71,25 @@ def read_patients(csv_path, data):
     return {(data / row["path"]).resolve(): row["patient"] for _, row in rows}
 
 
+def describe_sources(sources, data, patients=None):
+    """Lines for the user: who was found by find_sources or find_volumes, and what may be wrong with it."""
+    data, first = Path(data), {}
+    for patient, path in sources:
+        first.setdefault(patient, path.relative_to(data))
+    shown = ", ".join(f"{patient}: {path}" for patient, path in list(first.items())[:3])
+    lines = [f"{len(sources)} images of {len(first)} patients, such as {one_line(shown)}"]
+    if patients is not None:
+        unused = read_patients(patients, data).keys() - {path.resolve() for _, path in sources}
+        if unused:
+            lines.append(f"--patients {patients}: {len(unused)} rows name no image below {data}")
+        return lines
+    flat = [patient for patient, path in sources if path.parent == data]
+    if len(flat) > 1 and len(set(flat)) > len(flat) / 2:       # rarely does a patient have one image alone
+        lines.append(f"warning: by their names the {len(flat)} images directly in {data} are of "
+                     f"{len(set(flat))} patients; if that is wrong, --patients CSV tells who is who")
+    return lines
+
+
 def bare_name(path):
     """File name without .nii.gz or any other suffix; a folder's name as it is."""
     return path.name if path.is_dir() else re.sub(r"(\.nii)?\.[A-Za-z]+$", "", path.name)
@@ -119,7 +138,8 @@ def write_cases(sources, output, per_source, size, seed, workers, settings, prep
                 bad.append((str(path), reason))
     list_bad_files(output, sorted(bad))
     if made + kept == 0 and bad:
-        raise UserError(f"{output}: none of {len(bad)} files could be used; see bad_files.csv there")
+        raise UserError(f"{output}: none of {len(bad)} files could be used; X-rays need no --ct, CT volumes "
+                        f"do; the first: {min(bad)[1]}")
     return {"made": made, "kept": kept, "bad": len(bad)}
 
 

@@ -11,6 +11,7 @@ from scipy import ndimage
 from datasets.devices import draw_devices
 from datasets.findings import FINDINGS
 from datasets.io import letterbox, min_max, read_image, resize
+from datasets.longitudinal import normalise_raw
 from datasets.lungs import lung_mask
 from datasets.nuisance import change_appearance, draw_pose, pose_grid, warp
 from datasets.pair_files import write_cases
@@ -63,9 +64,7 @@ def make_pair(image, rng, size, *, prepared=None, findings=None, unchanged=0.2, 
 def prepare_image(image, size):
     """(base float32 [h, w] in [0, 1], lungs bool [2, h, w], how found); the longer of h, w is ``size``."""
     factor = size / max(image.shape)
-    base = resize(image, [max(1, round(side * factor)) for side in image.shape])
-    low, high = np.percentile(base, (0.3, 99.7))
-    base = min_max(np.clip(base, low, high))
+    base = normalise_raw(resize(image, [max(1, round(side * factor)) for side in image.shape]))
     lungs, method = lung_mask(base)
     return base, lungs, method
 

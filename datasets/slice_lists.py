@@ -192,9 +192,11 @@ def read_patients(data, word):
             bare.append(entry.name)
         else:
             rows.append(Row(entry, "", mask.path, patient_of(entry, entry.name.split("/")[:-1])))
+    told = "the word behind the _ is SPINE_MASK_WORD; or name masks in a CSV, in its column mask"
     if not rows:
-        raise UserError(f"{data}: no series has a mask, a file of its name and _{word} beside it")
-    return rows, notes + left_out(bare, f"series without a mask _{word}")
+        raise UserError(f"{data}: no series has a mask, a file of its name and _{word} beside it; {told}")
+    without = left_out(bare, f"series without a mask _{word}")
+    return rows, notes + [f"{note}; {told}" for note in without]
 
 
 def is_mask(stem, stems, word):

@@ -55,7 +55,8 @@ def splits_from_csv(path, names, prefix=""):
     key = next((column for column in names if rows and column in rows[0][1]), None)
     if key is None or "split" not in rows[0][1]:
         columns = " or ".join(f'"{column}"' for column in names)
-        raise UserError(f'{constant} {path}: needs rows, a column "split" and a column {columns}')
+        raise UserError(f'{constant} {path}: needs rows, a column "split" and a column {columns}'
+                        + first_line(path))
     split_of_name = {}
     for line, row in rows:
         name, split = row[key], row["split"]
@@ -97,6 +98,13 @@ def read_table(path, constant):
         if len(row) != len(header):
             raise UserError(f"{constant} {path}, line {line}: {len(row)} cells under {len(header)} columns")
     return [(line, dict(zip(header, row, strict=True))) for line, row in table[1:]]
+
+
+def first_line(path):
+    """``; its first line is: study;mode ...``, for the message that a table lacks a column."""
+    with open(path, encoding="utf-8-sig") as file:
+        line = CONTROL.sub(escaped, file.readline().strip())
+    return f"; its first line is: {line[:200]} (commas stand between columns)"
 
 
 def escaped(match):

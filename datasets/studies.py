@@ -7,6 +7,7 @@ from torch.utils.data import Dataset
 
 from datasets.cache import load_image, load_mask
 from datasets.intensity import MODES, augment_intensity, normalise
+from datasets.labels import STUDY_COLUMNS
 from datasets.samplers import check_on_bad_file, first_readable, item_generator
 from datasets.splits import SPLITS, split_groups
 from datasets.tokens import crop_tokens, cut_tokens, draw_orientation, grid_size, token_background, whole
@@ -20,10 +21,10 @@ def split_studies(studies, val_fraction, test_fraction, csv=None):
     """Divide studies -> dict of lists "train", "val", "test"; no study is ever in two.
 
     By a hash of the name, so that a study stays where it is when others are added; or as the file ``csv``,
-    with the columns study and split, says.  Raises UserError when fractions or the file make no sense, or
-    studies are too few.
+    with the columns study_id (or study) and split, says.  Raises UserError when fractions or the file make no
+    sense, or studies are too few.
     """
-    names = {"study": {study.name: [study.name] for study in studies}}
+    names = {column: {study.name: [study.name] for study in studies} for column in STUDY_COLUMNS}
     split_of = split_groups(names, val_fraction, test_fraction, csv, f"{len(studies)} studies", "STUDY_")
     return {split: [study for study in studies if split_of[study.name] == split] for split in SPLITS}
 

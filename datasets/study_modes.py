@@ -5,7 +5,8 @@ import re
 import numpy as np
 
 from datasets.dicom_files import read_dataset
-from datasets.splits import read_table
+from datasets.labels import STUDY_COLUMNS
+from datasets.splits import first_line, read_table
 from datasets.volumes import check_image, read_volume
 from utils.config import BadFile, UserError, closest
 
@@ -19,17 +20,18 @@ CT_WORD = re.compile(rf"(?<![a-z])ct(?![a-z])|{WINDOW}")
 
 
 def read_modes(path, studies):
-    """{study: "mri" | "ct"} of a CSV with the columns study and mode; {} without one (None).
+    """{study: "mri" | "ct"} of a CSV with the columns study (or study_id) and mode; {} without one (None).
 
     Raises UserError naming the line of an unknown mode, or of a study that comes twice or is not there.
     """
     if path is None:
         return {}
     rows, modes = read_table(path, "--modes"), {}
-    if not rows or not {"study", "mode"} <= rows[0][1].keys():
-        raise UserError(f"{path}: needs rows, and the columns study and mode")
+    key = next((column for column in STUDY_COLUMNS if rows and column in rows[0][1]), None)
+    if key is None or "mode" not in rows[0][1]:
+        raise UserError(f"{path}: needs rows, and the columns study and mode{first_line(path)}")
     for line, row in rows:
-        study, mode, place = row["study"], row["mode"], f"{path}, line {line}"
+        study, mode, place = row[key], row["mode"], f"{path}, line {line}"
         if mode not in STUDY_MODES:
             raise UserError(f'{place}: the mode "{mode}" is not one of {", ".join(STUDY_MODES)}')
         if study in modes:

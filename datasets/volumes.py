@@ -63,6 +63,8 @@ def find_sources(raw):
     Raises UserError when there is no such folder, or no source in it.
     """
     raw = Path(raw)
+    if raw.is_file():
+        raise UserError(f"{raw}: a file, where the folder is due that holds a folder per study")
     if not raw.is_dir():
         raise UserError(f"{raw}: no such folder")
     groups, forms, bad = {}, {}, []                  # groups: {(study, NIfTI or series): (kind, tags, paths)}

@@ -113,11 +113,12 @@ def test_the_sheet_shows_the_most_attended_layers_in_order(tmp_path, count, colu
     attention_sheet(tmp_path / "sheet.png", volume, attention, count, "study 7, mass 0.93")
     with Image.open(tmp_path / "sheet.png") as picture:
         sheet = np.asarray(picture)
-    left, below = sheet.shape[1] / columns, (sheet.shape[0] - CAPTION_HEIGHT) / rows
-    shown = [sheet[int(CAPTION_HEIGHT + (i // 4 + 0.4) * below), int((i % 4 + 0.3) * left), 0]
+    top = 2 * CAPTION_HEIGHT
+    left, below = sheet.shape[1] / columns, (sheet.shape[0] - top) / rows
+    shown = [sheet[int(top + (i // 4 + 0.4) * below), int((i % 4 + 0.3) * left), 0]
              for i in range(min(count, 6))]
     assert shown == [80 - 10 * i for i in range(min(count, 6))][::-1]
-    assert (sheet[:CAPTION_HEIGHT] > 200).any()
+    assert (sheet[:CAPTION_HEIGHT] > 200).any() and (sheet[CAPTION_HEIGHT:top] > 200).any()
 
 
 def test_a_series_without_attention_is_drawn_all_the_same(tmp_path):

@@ -18,6 +18,7 @@ from scipy import ndimage
 
 from datasets import cache_series
 from datasets.cache import load_image, load_mask, read_cache, write_cache
+from datasets.cache_report import told_of, write_modes
 from datasets.intensity import ct_to_uint8
 from datasets.pair_files import CRASHED
 from datasets.volumes import find_sources, read_volume
@@ -264,6 +265,39 @@ def test_a_table_of_modes_decides_and_a_change_makes_the_study_again(raw, tmp_pa
     assert write(raw, cache, modes)["made"] == 1
     assert write(raw, cache)["made"] == 0                                     # the guess says the same
     assert len(read_cache(cache)[0].series[0].images) == 3
+
+
+def test_repairs_guesses_and_names_are_told(raw, tmp_path):
+    """notes.csv has every repaired series, kept ones too; the screen the first, and how many more."""
+    cache, series = tmp_path / "cache", raw / "c1" / "ct"
+    write(raw, cache)
+    assert not (cache / "notes.csv").exists() and told_of(cache) == [
+        "Studies, as labels and splits must name them: c1, m1",
+        f"2 of 2 modes (MRI or CT) were guessed: check {cache / 'mode_mapping.csv'} and give it with --modes"]
+    write_dicom(series, head(3, hu=True))
+    odd = pydicom.dcmread(series / "05.dcm")
+    odd.Rows, odd.PixelData = odd.Rows // 2, odd.PixelData[:len(odd.PixelData) // 2]
+    odd.save_as(series / "05.dcm")
+    modes = tmp_path / "modes.csv"
+    modes.write_text("study_id,mode\nc1,ct\n")
+    for _ in range(2):
+        write(raw, cache, modes)
+        (row,) = table(cache / "notes.csv")
+        assert row == {"study": "c1", "series": "head", "path": "c1/ct/00.dcm",
+                       "note": "one slice of another size or direction dropped"}
+        assert told_of(cache)[1].startswith("1 of 2 modes")
+        assert told_of(cache)[2].endswith(f"notes.csv:\nc1/head: {row['note']}")
+    shutil.rmtree(series)
+    write(raw, cache)
+    assert not (cache / "notes.csv").exists()
+    write_modes(cache, {f"s{number}": ("ct", "csv") for number in range(9)})
+    assert [line.partition(": ")[2] for line in told_of(cache)] == ["s0, s1, s2, s3, s4, ... and 4 more"]
+
+
+def test_a_file_is_no_folder_of_studies(raw, tmp_path):
+    """The message says what is due."""
+    with pytest.raises(UserError, match="scan.nii.gz: a file, where the folder is due that holds"):
+        write(raw / "c1" / "scan.nii.gz", tmp_path / "cache")
 
 
 def test_a_series_of_the_other_modality_is_listed(raw, tmp_path):

@@ -12,6 +12,7 @@ from sklearn.metrics import f1_score
 from datasets.slice_lists import Entry, find_series
 from datasets.slice_series import read_series, slices_along, spacing_along
 from datasets.slices import Slice, SliceDataset
+from utils import cascade_judge
 from utils.cascade import (
     KEEP,
     STAGES,
@@ -223,8 +224,8 @@ def test_volumes_and_lesions_are_counted():
     assert measure("cord", mask, 1.0, lines) == {"cord_mm3": 4.0}
 
 
-def test_pictures_show_the_slices_with_most_lesion_then_cord(tmp_path):
-    """As many as asked for, in their order; cord in green, lesions in red, beside the slice as it is."""
+def test_pictures_show_the_slices_with_most_lesion_then_cord(tmp_path, monkeypatch):
+    """As many as asked for, in their order; cord in green, lesions in red, and captions say what is there."""
     cord, lesion = np.zeros((5, 8, 16), np.uint8), np.zeros((5, 8, 16), np.uint8)
     for i, width in enumerate((0, 3, 9, 5, 7)):
         cord[i, 2:6, :width] = 1
@@ -234,7 +235,12 @@ def test_pictures_show_the_slices_with_most_lesion_then_cord(tmp_path):
     assert busiest({"cord": cord}, 2) == [2, 4] and busiest({"lesion": lesion}, 9) == [1, 3]
     assert busiest({"cord": cord}, 0) == busiest({}, 3) == []
     slices = np.random.default_rng(0).normal(100, 5, (5, 8, 16)).astype(np.float32)
+    captions, drawn = [], cascade_judge.row
+    monkeypatch.setattr(cascade_judge, "row", lambda panels, words: (
+        captions.append(words) or drawn(panels, words)))
+    save_overlay(tmp_path / "b.png", slices, (2.0, 1.0), {"cord": cord}, [2])
     save_overlay(tmp_path / "a.png", slices, (2.0, 1.0), masks, [2, 3])
+    assert [words[1] for words in captions] == ["cord green", *["cord green, lesion red"] * 2]
     pixels = np.asarray(Image.open(tmp_path / "a.png")).astype(int)
     height = pixels.shape[0] // 2
     assert height >= PICTURE

@@ -10,6 +10,7 @@ from sklearn.metrics import f1_score, recall_score
 
 from utils.case_report import (
     class_intervals,
+    report_cases,
     report_classes,
     report_masks,
     report_slices,
@@ -95,6 +96,20 @@ def test_the_least_likely_mistakes_are_drawn_first(tmp_path, capsys):
     assert (tmp_path / "mistakes.png").exists() and (tmp_path / "calibration.png").exists()
     unknown = {"c": (scores[0], torch.tensor([math.nan]))}
     report_classes(tmp_path / "none", ["a", "b"], unknown, picture, 2)
+
+
+@pytest.mark.parametrize("kinds, line", [
+    ((1, 1), "figures of mass need cases with and without it; the split test has none without it"),
+    ((0, 0), "figures of mass need cases with and without it; the split test has none with it"),
+    ((0, 1), "")])
+def test_undefined_figures_have_a_reason(tmp_path, capsys, kinds, line):
+    """A table of dashes alone would look like a mistake; a curve that there is not is not drawn."""
+    results = {f"c{i}": (torch.tensor([0.3]), torch.tensor([float(kind)])) for i, kind in enumerate(kinds)}
+    (tmp_path / "roc.png").touch()
+    report_cases(tmp_path, "test", "study", "studies", "bce", ["mass"], results, 10, 0)
+    printed = capsys.readouterr().out
+    assert line in printed and ("Undefined (-): " in printed) == bool(line)
+    assert (tmp_path / "roc.png").exists() != bool(line)
 
 
 def masks():

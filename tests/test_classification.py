@@ -15,6 +15,7 @@ from utils.classification import (
     confusion_figure,
     roc_figure,
     study_figures,
+    undefined_labels,
 )
 from utils.config import UserError
 
@@ -213,8 +214,17 @@ def test_curves_are_drawn_for_labels_that_have_one(tmp_path, word):
         roc_figure(tmp_path / path, word, NAMES, logits, labels, values)
         with Image.open(tmp_path / path) as picture:
             sizes.add(picture.size)
-    roc_figure(tmp_path / "c.png", word, NAMES, logits, labels * torch.nan, figures)
-    assert len(sizes) == 1 and (tmp_path / "c.png").exists()
+    assert len(sizes) == 1
+    roc_figure(tmp_path / "a.png", word, NAMES, logits, labels * torch.nan, figures)       # of an earlier run
+    assert not (tmp_path / "a.png").exists()
+
+
+@pytest.mark.parametrize("word, labels, expected", [
+    ("bce", [[1, 0, 1], [1, math.nan, 0]], (["b"], ["a"])), ("ce", [[0], [2], [math.nan]], (["b"], [])),
+    ("ce", [[0], [0]], (["b", "c"], ["a"]))])
+def test_labels_of_one_kind_of_case_are_named(word, labels, expected):
+    """They are those whose figures are undefined; a missing label is of neither kind."""
+    assert undefined_labels(word, ["a", "b", "c"], torch.tensor(labels)) == expected
 
 
 def test_the_confusion_matrix_is_drawn(tmp_path):

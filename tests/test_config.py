@@ -37,6 +37,13 @@ def test_values_take_the_type_of_their_constant(module):
     assert type(module.MAX_LR) is float
 
 
+@pytest.mark.parametrize("text", ['["tensorboard","wandb"]', "[tensorboard,wandb]", "[tensorboard, wandb]"])
+def test_a_list_of_words_needs_no_quotes(module, text):
+    """A shell takes them away."""
+    apply_overrides(module, [f"TRACKERS={text}"])
+    assert module.TRACKERS == ["tensorboard", "wandb"]
+
+
 @pytest.mark.parametrize(
     "pair", ["NO_SUCH_THING=1", "BATCH_SIZE=2.5", "BATCH_SIZE=two", "BATCH_SIZE", "COMPILE=1"])
 def test_a_mistaken_override_is_refused(module, pair):

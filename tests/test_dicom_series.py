@@ -145,6 +145,21 @@ def test_a_missing_slice_is_refused(tmp_path, tags, gap, missing):
         assert "uneven" in read_series(paths)[3][0]
 
 
+@pytest.mark.parametrize("thickness", [(4, 7), (0, 0)])
+@pytest.mark.parametrize("lost, gap", [(5, 8), (14, 14), (None, None)])
+def test_a_slice_missing_from_a_series_of_two_spacings_is_refused(tmp_path, lost, gap, thickness):
+    """8 mm are a hole among slices every 4 mm, though most of the series has 7: the gaps near by tell."""
+    at = np.cumsum([0, *[4] * 8, 1, *[7] * 13])
+    each = {number: {"SliceThickness": thickness[number > 8]} for number in range(len(at))}
+    paths = write_series(tmp_path, np.resize(STORED, (len(at), 5, 7)), places(at=at), each=each)
+    if lost is None:
+        assert "uneven" in read_series(paths)[3][0]
+        return
+    numbers = np.random.default_rng(1).permutation(len(at))
+    paths.remove(tmp_path / f"{numbers[lost]:03d}.dcm")
+    assert f"missing slice(s): a gap of {gap:.2f} mm, not {gap / 2:.2f}" in refusal(paths)
+
+
 def test_slices_given_twice_are_dropped(tmp_path):
     """The same slice exported into two folders."""
     paths = write_series(tmp_path / "a") + write_series(tmp_path / "b")[2:5]

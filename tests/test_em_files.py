@@ -208,6 +208,14 @@ def test_gzip_is_read_from_any_place(tmp_path, monkeypatch):
         reader.read(199_999, 2)
 
 
+def test_a_folder_of_volumes_names_them(tmp_path):
+    """Who gives the folder that holds sampleA.hdf means one of its files."""
+    for name in ("b.hdf", "a.h5", "notes.txt"):
+        (tmp_path / name).touch()
+    with pytest.raises(BadFile, match="a folder without images .*; name one of them: a.h5, b.hdf$"):
+        open_volume(tmp_path)
+
+
 def test_a_folder_is_read_in_natural_order_and_of_one_form(tmp_path):
     """img10 comes behind img9; a section of another size or type is named, not padded or cast."""
     write_images(tmp_path / "a", VOXELS)

@@ -1,20 +1,23 @@
 """Pictures of electron microscopy: colours that tell, outlines that lie right, proportions that are true."""
 
+from itertools import combinations
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from scipy import ndimage
 from skimage.segmentation import find_boundaries
 
+from datasets.em_labels import IGNORE
 from utils.em_pictures import (
     CLASS_COLOURS,
     SIDE,
     class_colours,
     colours,
+    legend,
     nearest,
     orthogonal_slices,
     overlay_labels,
@@ -102,8 +105,8 @@ def cuts(picture, shape, spacing):
     depth, height, width = lengths = np.array(shape) * spacing
     scale = SIDE / max(lengths[0] + lengths[1], lengths[0] + lengths[2])
     depth, height, width = (round(scale * n) for n in (depth, height, width))
-    picture = picture[CAPTION_HEIGHT:, width + depth + 2 * GAP:]
-    return (picture[:height, :width], picture[height + GAP:, :width], picture[:height, width + GAP:])
+    picture = picture[CAPTION_HEIGHT:, (picture.shape[1] + GAP) // 2:]
+    return (picture[:height, :width], picture[height + CAPTION_HEIGHT:, :width], picture[:height, -depth:])
 
 
 @pytest.mark.parametrize("shape, spacing", [((12, 50, 40), (40, 8, 8)), ((40, 30, 50), (10, 10, 10)),
@@ -141,6 +144,27 @@ def test_constant_and_thin_volumes_make_a_picture(shape):
     """A single section, a needle and a volume of one value are no reason to lose a finished segmentation."""
     picture = orthogonal_slices(np.full(shape, 7, np.int16), np.zeros(shape, np.uint32), (30, 6, 6))
     assert picture.dtype == np.uint8 and picture.ndim == 3 and min(picture.shape[:2]) > 20
+
+
+@pytest.mark.parametrize("shape", [(40, 160, 160), (1, 64, 64), (200, 3, 5)])
+def test_every_panel_of_a_volume_has_its_caption_and_none_is_cut(shape, monkeypatch):
+    """The width in um stands there once; text neither ends at the picture's edge nor runs into another."""
+    drawn, plain = [], ImageDraw.ImageDraw.text
+
+    def text(draw, corner, words, **how):
+        left, top, right, bottom = draw.textbbox(corner, words, font=how["font"])
+        assert left >= 0 and right <= draw.im.size[0] and bottom <= draw.im.size[1]
+        drawn.append((words, top // CAPTION_HEIGHT, left, right))
+        plain(draw, corner, words, **how)
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", text)
+    orthogonal_slices(np.zeros(shape), np.zeros(shape, int), (10, 8, 8))
+    z, y, x = (n // 2 for n in shape)
+    names = [f"y = {y}", f"x = {x}"]
+    assert [words for words, *_ in drawn] == [
+        f"section {z} of {shape[0]}, {0.008 * shape[2]:.3g} um wide", *names, "segmentation", *names]
+    for one, other in combinations(drawn, 2):
+        assert one[1] != other[1] or one[3] < other[2] or other[3] < one[2]
 
 
 def test_bright_specks_do_not_darken_the_picture():
@@ -185,6 +209,42 @@ def test_a_sheet_has_a_row_per_sample_of_volumes_and_of_slices(tmp_path, shape):
     np.testing.assert_array_equal(panel[rim], class_colours(large)[rim])
     first, second = (pictures[0][CAPTION_HEIGHT:CAPTION_HEIGHT + 320, left:left + 240] for left in (488, 976))
     np.testing.assert_array_equal(first, second)                # equal instances have equal colours
+
+
+def panels_of(path, number, shape):
+    """The panels of a sheet of ``number`` columns with one row, of images [H, W] of at least 320 rows."""
+    picture = np.asarray(Image.open(path))[CAPTION_HEIGHT:CAPTION_HEIGHT + shape[0]]
+    return [picture[:, (shape[1] + GAP) * k:][:, :shape[1]] for k in range(number)]
+
+
+def test_a_sheet_shows_a_section_that_has_a_truth(tmp_path):
+    """A crop deeper than its volume is mirrored at the end and not annotated there: no picture of that."""
+    classes, ids = np.full((16, 320, 320), IGNORE), np.zeros((16, 320, 320), int)
+    image = np.zeros(classes.shape, np.float32)
+    for z in range(6):
+        classes[z], ids[z], image[z] = z % 2 + 1, z + 1, z / 10
+    classes[3, :100] = IGNORE
+    sheet(tmp_path / "a.png", [{"image": image, "classes": classes, "instances": ids,
+                                "predicted_classes": classes, "predicted_instances": ids}])
+    shown, true, instances, predicted, found = panels_of(tmp_path / "a.png", 5, (320, 320))
+    assert (shown == round(255 * 0.3)).all()                                            # section 3 of 0 to 5
+    assert (true[:98] < shown[:98]).all()                                     # not annotated: darker
+    assert (np.ptp(true[150:], axis=2) > 0).all() and (np.ptp(instances, axis=2) > 0).all()
+    np.testing.assert_array_equal(true, predicted)
+    np.testing.assert_array_equal(instances, found)
+
+
+def test_a_crop_without_any_annotation_is_drawn_all_the_same(tmp_path):
+    """A volume of which nobody has looked at a part."""
+    empty = torch.full((4, 320, 320), IGNORE)
+    sheet(tmp_path / "a.png", [{"image": torch.rand(1, 4, 320, 320), "classes": empty}])
+    assert (tmp_path / "a.png").stat().st_size > 1000
+
+
+def test_the_legend_names_what_has_no_colour_and_fits():
+    """Background is the bare image and what is not annotated is dark: neither would be guessed."""
+    picture = legend()
+    assert picture.shape[0] == CAPTION_HEIGHT and not picture[:, -10:].any() and picture[:, 500:].any()
 
 
 @pytest.mark.skipif(not DATA.exists(), reason="the development data are not here")

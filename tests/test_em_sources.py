@@ -12,7 +12,7 @@ import pytest
 import tifffile
 
 from datasets.em_labels import CLASSES
-from datasets.em_sources import check_apart, cut, find_sources
+from datasets.em_sources import check_apart, cut, find_sources, notes_on
 from utils.config import BadFile, UserError
 
 REAL = Path(__file__).parents[2] / "shared/data/em"
@@ -190,6 +190,47 @@ def test_a_folder_may_be_the_data_set_itself(tmp_path):
         find(tmp_path, "snemi")
     with pytest.raises(UserError, match="expected Dataset"):
         find(tmp_path / "mine", "mitoem2")
+
+
+def test_the_data_sets_that_lie_there_are_named_with_the_word_that_takes_them(tmp_path):
+    """Who has CREMI files alone meets the default, snemi3d."""
+    write_cremi(tmp_path / "cremi3d/sample_A_20160501.hdf")
+    for data in (tmp_path, tmp_path / "cremi3d"):
+        with pytest.raises(UserError, match=r"snemi3d.* here is cremi3d: --set 'VISTA_DATASETS=..cremi3d..'"):
+            find(data, "snemi3d")
+    with pytest.raises(UserError, match=r"snemi3d: no such folder.* here is cremi3d: --set"):
+        find(tmp_path, "snemi3d", "cremi3d")
+    assert [source.name for source in find(tmp_path, "cremi3d")] == ["sample_A_20160501"] * 2
+    write_snemi(tmp_path / "mine", "a")
+    with pytest.raises(UserError, match="labelsTr, or human and rat with im and mito$"):
+        find(tmp_path / "mine", "mitoem2")
+
+
+def test_a_voxel_size_that_no_file_tells_is_said_once_for_a_data_set(tmp_path):
+    """It may be wrong, and weights of boundaries and growing go by it."""
+    write_snemi(tmp_path / "snemi3d", "a", "b")
+    write_cremi(tmp_path / "cremi3d/told.hdf", raw={"resolution": SPACING})
+    assert notes_on(find(tmp_path, "snemi3d", "cremi3d"), 1) == [
+        "snemi3d: voxels of 30 x 6 x 6 nm assumed: the files do not tell"]
+    write_cremi(tmp_path / "cremi3d/silent.hdf")
+    write_nnunet(tmp_path / "mitoem2/Dataset001_x", volume() % 3)
+    assert [note.split(":")[0] for note in notes_on(find(tmp_path, "cremi3d", "mitoem2"), 1)] == [
+        "cremi3d", "mitoem2"]
+    write_table(tmp_path, "volume,raw,neuron,spacing_nm\na,snemi3d/a_inputs.h5,snemi3d/a_labels.h5,40x4x4")
+    assert notes_on(find(tmp_path), 1) == []                                       # said by the user
+
+
+def test_crops_deeper_than_the_volumes_are_said(tmp_path):
+    """Most of such a crop is mirrored: less is seen than its size tells."""
+    write_cremi(tmp_path / "cremi3d/a.hdf", raw={"resolution": SPACING})
+    sources = find(tmp_path, "cremi3d")
+    assert notes_on(sources, 4) == []
+    assert notes_on(sources, 5) == [
+        "val: 4 sections, crops are 5 deep: the rest is mirrored and does not count"]
+    write_cremi(tmp_path / "cremi3d/b.hdf", raw={"resolution": SPACING})
+    train, val = notes_on(find(tmp_path, "cremi3d"), 32)
+    assert train.startswith("train: 14 sections in the shallowest of 2 volumes, crops are 32 deep")
+    assert val.startswith("val: 4 sections in the shallowest of 2 volumes, ")
 
 
 # --------------------------------------------------------------------------------------------------- CREMI

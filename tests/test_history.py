@@ -1,13 +1,15 @@
 """metrics.csv, trackers and curves."""
 
 import csv
+import math
 
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from utils.config import UserError
 from utils.history import Trackers, epoch_line, write_history
-from utils.plotting import plot_detailed_curves, plot_loss_curves
+from utils.plotting import draw_metric, plot_detailed_curves, plot_loss_curves
 
 HISTORY = [{"epoch": 1, "step": 4, "train/loss": 0.5, "val/loss": 0.6, "train/L1": 0.3, "train/lr": 1e-3},
            {"epoch": 2, "step": 8, "train/loss": 0.4, "val/loss": 0.5, "train/L1": 0.2, "train/lr": 5e-4,
@@ -105,5 +107,12 @@ def test_each_metric_has_a_panel(monkeypatch, tmp_path):
     """Every loss term shows in the detailed curves, training and validation in one panel."""
     drawn = []
     monkeypatch.setattr("utils.plotting.draw_metric", lambda axes, history, name: drawn.append(name))
-    plot_detailed_curves(tmp_path / "curve.png", HISTORY)
-    assert drawn == ["loss", "L1", "lr", "dice"]
+    plot_detailed_curves(tmp_path / "curve.png", [{**row, "val/auroc": math.nan} for row in HISTORY])
+    assert drawn == ["loss", "L1", "lr", "dice"]                        # an undefined one has nothing to show
+
+
+def test_the_axis_of_a_single_epoch_has_whole_numbers():
+    """There is no epoch 0.98."""
+    axes = Figure().add_subplot()
+    draw_metric(axes, HISTORY[:1], "loss")
+    assert all(tick == round(tick) for tick in axes.get_xticks())

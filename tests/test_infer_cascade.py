@@ -267,15 +267,19 @@ def test_stages_may_be_left_out_and_it_is_told(cascade, refused, tmp_path, capsy
     assert rows["a"]["stopped"] == "" and "lesions" not in rows["a"] and "lesion_mm3" not in rows["a"]
     assert not (output / "series" / "a_lesion.nii.gz").exists()
     words = ["--input", tmp_path / "in", "--weights", tmp_path / "weights", "--output", tmp_path / "x"]
-    assert "sequence.pt: no such file" in refused("infer_cascade", *words, "--stages", "sequence")
+    line = refused("infer_cascade", *words, "--stages", "sequence", "cord")
+    assert "has no sequence.pt, but anatomy.pt, cord.pt, cord_mask.pt, location_view.pt; name" in line
     assert "sequence is left out" in refused("infer_cascade", *words, "--keep", "sequence=T1w")
     assert "needs the stages cord_mask" in refused("infer_cascade", *words, "--clip-lesions")
     words[3] = tmp_path
-    assert "anatomy.pt: no such file" in refused("infer_cascade", *words)
+    (tmp_path / "segment_best.pt").touch()
+    line = refused("infer_cascade", *words)
+    due = " or ".join(f"{stage}.pt" for stage in STAGES)
+    assert f"{tmp_path}: has no {due}, but segment_best.pt; name checkpoints after their stages" in line
 
 
-def test_a_finished_series_is_not_judged_again(cascade, tmp_path, monkeypatch):
-    """But it is with other weights, another rule, another source, or a mask deleted."""
+def test_a_finished_series_is_not_judged_again(cascade, tmp_path, monkeypatch, capsys):
+    """But it is with other weights, another rule, another source, or a mask deleted; and that is told."""
     for name in ("a", "b", "c"):
         write_nifti(tmp_path / "in" / f"{name}.nii.gz", volume())
     rows, output = cascade()
@@ -288,7 +292,7 @@ def test_a_finished_series_is_not_judged_again(cascade, tmp_path, monkeypatch):
         found = cascade(*words)
         return found[0], sorted(judged)
 
-    assert again() == (rows, [])
+    assert again() == (rows, []) and "judged again" not in capsys.readouterr().out
     (output / "series" / "a_cord.nii.gz").unlink()
     assert again() == (rows, ["a.nii.gz"])
     write_nifti(tmp_path / "in" / "b.nii.gz", volume(lesion=()))
@@ -300,7 +304,11 @@ def test_a_finished_series_is_not_judged_again(cascade, tmp_path, monkeypatch):
     save_stage(tmp_path / "weights", "lesion_mask", Band(0.8, 0.3))
     found, names = again()
     assert len(names) == 3 and found["c"]["lesion_mm3"] != rows["c"]["lesion_mm3"]
-    assert len(again("--margin", 0.1)[1]) == 3 and again("--margin", 0.1)[1] == []
+    capsys.readouterr()
+    assert len(again("--margin", 0.1)[1]) == 3
+    told = f"3 series judged again, over what {output} held: weights, rules or files differ from before"
+    assert told in capsys.readouterr().out.splitlines()
+    assert again("--margin", 0.1)[1] == [] and "judged again" not in capsys.readouterr().out
 
 
 def test_an_interrupted_run_goes_on(cascade, tmp_path, monkeypatch):

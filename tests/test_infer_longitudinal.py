@@ -16,6 +16,7 @@ from scipy import ndimage
 import constants as C
 from datasets.io import read_image, write_nifti
 from datasets.longitudinal import find_cases, split_cases
+from infer_longitudinal import load_case
 from longitudinal_MIM_training import build_model
 from utils.checkpoint import save_checkpoint
 from utils.config import BadFile, UserError, apply_overrides, hyperparameters
@@ -103,7 +104,7 @@ def test_changes_are_the_components_of_the_written_map(infer, few):
     case = few / "p1_a"
     out = infer("--prior", case / "prior.nii.gz", "--current", case / "current.nii.gz", "--threshold", 0.1,
                 "--min-area", 1)
-    diff = read_image(out / "current_diff.nii.gz")
+    diff = read_image(out / "p1_a_prior_to_current_diff.nii.gz")
     expected = []
     for sign, changed in (("new", diff > 0.1), ("resolved", diff < -0.1)):
         labels, count = ndimage.label(changed, np.ones((3, 3)))
@@ -130,11 +131,14 @@ def test_pairs_of_other_formats_and_sizes_need_register(infer, tmp_path):
     with pytest.raises(UserError, match="a.jpg.*--register"):
         infer("--prior", prior, "--current", current)
     out = infer("--prior", prior, "--current", current, "--register", "--tta", 3)
+    maps = [out / f"{tmp_path.name}_a_to_b_{end}.nii.gz" for end in ("diff", "uncertainty")]
     assert {path.name for path in out.iterdir()} == {
-        "b_diff.nii.gz", "b_uncertainty.nii.gz", "b_overlay.png", "changes.csv"}
-    diff, uncertainty = read_image(out / "b_diff.nii.gz"), read_image(out / "b_uncertainty.nii.gz")
+        *(path.name for path in maps), f"{tmp_path.name}_a_to_b_overlay.png", "changes.csv"}
+    diff, uncertainty = map(read_image, maps)
     assert diff.shape == uncertainty.shape == (100, 60)
     assert uncertainty.min() >= 0 and uncertainty.max() > 0
+    infer("--prior", prior, "--current", current, "--register")
+    assert [path.exists() for path in maps] == [True, False]               # it was of another map
 
 
 def test_register_aligns_the_prior(infer, tmp_path):
@@ -145,11 +149,13 @@ def test_register_aligns_the_prior(infer, tmp_path):
     likeness = []
     for output, words in (("plain", []), ("aligned", ["--register"])):
         out = infer("--prior", tmp_path / "moved.png", "--current", still, *words, output=output)
-        picture = np.asarray(Image.open(out / "still_overlay.png"))[22 + 40:-40, :, 0]
+        (picture,) = out.glob("*_moved_to_still_overlay.png")
+        picture = np.asarray(Image.open(picture))[22 + 40:-40, :, 0]
         prior, current = picture[:, 70:280], picture[:, 324 + 70:324 + 280]
         likeness.append(np.corrcoef(prior.ravel(), current.ravel())[0, 1])
     assert likeness[0] < 0.6 and likeness[1] > 0.95
-    maps = [read_image(tmp_path / output / "still_diff.nii.gz") for output in ("plain", "aligned")]
+    maps = [read_image(tmp_path / output / f"{tmp_path.name}_moved_to_still_diff.nii.gz")
+            for output in ("plain", "aligned")]
     assert maps[0][:, :10].any() and not maps[1][:, :10].any() and maps[1][:, 20:].any()
 
 
@@ -168,6 +174,45 @@ def test_bad_cases_of_a_folder_are_skipped_listed_and_counted(infer, tmp_path, c
     assert "--register" in bad["p3_a"] and "current" in bad["p2_a"]
     assert "3 bad cases skipped" in capsys.readouterr().out
     assert [row["case"] for row in rows_of(out / "metrics.csv")] == ["p4_a"]
+
+
+def test_a_table_names_the_pairs(infer, tmp_path, capsys):
+    """Real pairs lie in the folders of an archive; a row whose file is missing is a bad case."""
+    for name, seed in (("a/1.png", 1), ("a/2.png", 2), ("b/1.jpg", 3)):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        write_photo(tmp_path / "in" / name, seed=seed)
+    table = tmp_path / "in" / "visits.csv"
+    table.write_text("prior,current,case\na/1.png,a/2.png,\nb/1.jpg,b/2.jpg,\na/2.png,a/1.png,back\n")
+    out = infer("--pairs", table)
+    assert {path.name for path in out.iterdir()} == {
+        "a_1_to_2_diff.nii.gz", "a_1_to_2_overlay.png", "back_diff.nii.gz", "back_overlay.png", "changes.csv",
+        "bad_files.csv"}
+    (bad,) = rows_of(out / "bad_files.csv")
+    assert bad["path"] == "b_1_to_2" and "b/2.jpg: No such file" in bad["reason"]
+    assert "2 cases" in capsys.readouterr().out
+    same = infer("--prior", tmp_path / "in/a/1.png", "--current", tmp_path / "in/a/2.png", output="same")
+    np.testing.assert_allclose(*(read_image(folder / "a_1_to_2_diff.nii.gz") for folder in (same, out)),
+                               atol=1e-4)
+    table.write_text("prior,current\na/3.png,a/4.png\n")
+    with pytest.raises(UserError, match="none of the cases can be used.*a/3.png"):
+        infer("--pairs", table)
+
+
+def test_a_burnt_in_letter_hardly_changes_what_the_network_gets(tmp_path):
+    """Training sees clipped X-rays: scaled by its brightest pixel an image would be dark."""
+    grey = 80 * np.asarray(Image.open(write_photo(tmp_path / "a.png", (100, 100)))).astype(float) / 255
+    letter = grey.copy()
+    letter[2:7, 2:7] = 255                                                  # 0.25 % of the pixels
+    seen = {}
+    for name, image in (("plain", grey), ("letter", letter)):
+        Image.fromarray(image.astype(np.uint8)).save(tmp_path / f"{name}.png")
+        write_nifti(tmp_path / f"{name}.nii.gz", image.astype(np.uint8))
+        for kind in ("png", "nii.gz"):
+            files = {part: [str(tmp_path / f"{name}.{kind}")] for part in ("prior", "current")}
+            seen[name, kind] = load_case("a", files, register=False)["current"]
+    away = np.abs(seen["letter", "png"] - seen["plain", "png"])
+    assert np.median(away) < 0.02
+    assert np.median(np.abs(seen["letter", "nii.gz"] - seen["plain", "nii.gz"])) > 0.2     # as prepared
 
 
 def test_cases_without_a_known_map_are_predicted_and_not_measured(infer, tmp_path):
@@ -191,11 +236,20 @@ def test_mistakes_end_in_one_message(infer, tmp_path, few):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="empty"):
         infer("--data", tmp_path / "empty")
-    for words in (["--prior", one], [], ["--data", few, "--prior", one, "--current", one]):
+    for words in (["--prior", one], [], ["--data", few, "--prior", one, "--current", one],
+                  ["--data", few, "--pairs", one], ["--pairs", one, "--prior", one, "--current", one]):
         with pytest.raises(UserError, match="either --data"):
             infer(*words)
-    with pytest.raises(UserError, match="--tta"):
-        infer("--data", few, "--tta", 0)
+    for words, message in (
+            (["--tta", 0], "^--tta 0: must be at least 1$"),
+            (["--tta", 20, "--threshold", -1], "^--threshold -1: must lie between 0 and 1$"),
+            (["--batch-size", 0, "--min-area", 0], "^--batch-size 0: .*; --min-area 0: must be at least 1$")):
+        with pytest.raises(UserError, match=message):
+            infer("--data", few, *words)
+    with pytest.raises(UserError, match="--split val: only the cases of --data"):
+        infer("--prior", one, "--current", one, "--split", "val")
+    with pytest.raises(UserError, match="one.png: a file, not a folder"):
+        infer("--data", one)
     with pytest.raises(BadFile, match="absent.pt"):
         infer("--data", few, "--checkpoint", tmp_path / "absent.pt")
 

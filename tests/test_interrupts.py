@@ -11,9 +11,9 @@ from utils.interrupts import Interrupts
 @pytest.fixture(autouse=True)
 def handlers():
     """Give the signals back after a test."""
-    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)]
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
     yield
-    for number, handler in zip((signal.SIGTERM, signal.SIGUSR1), before, strict=True):
+    for number, handler in before.items():
         signal.signal(number, handler)
 
 
@@ -27,6 +27,21 @@ def test_sigterm_asks_to_stop_and_sigusr1_to_save_once():
     assert not interrupts.save
     os.kill(os.getpid(), signal.SIGTERM)
     assert interrupts.stop
+
+
+def test_ctrl_c_asks_to_stop_and_again_stops_at_once(monkeypatch, capsys):
+    """Nothing is lost by the first; torchrun passes each on to its ranks, which the terminal told before."""
+    now = [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    interrupts = Interrupts(minutes=60)
+    os.kill(os.getpid(), signal.SIGINT)
+    now[0] += 0.5
+    os.kill(os.getpid(), signal.SIGINT)
+    assert interrupts.stop and interrupts.exit_code == 130
+    assert capsys.readouterr().out.count("Ctrl-C again") == 1
+    now[0] += 1
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_the_clock_asks_to_save(monkeypatch):

@@ -7,6 +7,7 @@ import signal
 import stat
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -20,6 +21,9 @@ KINDS = {"longitudinal_mim": ("train", "longitudinal_MIM_training"),
          "jepa": ("train_study", "train_pretrain"),
          "simclr": ("train_photo", "train_pretrain"), "vista3d": ("train_vista", "train_vista3d"),
          "multitask": ("train_spine", "train_finetune")}
+
+# As many steps as batches.
+STEPS = [f"{section}UPDATE_EVERY_BATCHES=1" for section in ("", "JEPA_", "SIMCLR_", "VISTA_", "SPINE_")]
 
 
 @pytest.fixture
@@ -35,7 +39,7 @@ def start(request, narrow_xray, monkeypatch):
         train = request.getfixturevalue(KINDS[kind][0])
         kind = () if kind in ("longitudinal_mim", "vista3d") else (kind,)
         return Fork(lambda: train(*kind, run, "CHECKPOINT_MINUTES=0.0", "SAVE_EVERY_EPOCHS=2", "KEEP_TOP_K=1",
-                                  *options, words=["-c", "auto"]), prepare)
+                                  *STEPS, *options, words=["-c", "auto"]), prepare)
 
     return call
 
@@ -55,25 +59,41 @@ def assert_same_run(first, second):
 def test_a_run_killed_three_times_and_stopped_once_ends_bitwise_equal(kind, start, tmp_path):
     """SIGKILL leaves no chance to tidy up; SIGTERM, a scheduler's, has the run saved within ten seconds.
 
-    First between an epoch's checkpoint and its copies, where the best one would be lost; then at any moment.
+    First between an epoch's checkpoint and its copies, where the best one would be lost; then at moments
+    about the writing of a checkpoint, which are drawn.
     """
-    def kill_at_copies():
-        module = importlib.import_module(KINDS[kind][1])
-        module.keep_checkpoint = lambda *values: os.kill(os.getpid(), signal.SIGKILL)
+    module, moments = importlib.import_module(KINDS[kind][1]), random.Random(kind)
+    save = module.save_checkpoint
 
-    began, moments = time.monotonic(), random.Random(kind)
-    process = start(kind, "whole")
+    def kill(*values):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def kill_at_copies():
+        module.keep_checkpoint = kill
+
+    def kill_soon():
+        def save_and_die(path, **entries):
+            threading.Timer(moments.uniform(0, 0.02), kill).start()
+            save(path, **entries)
+
+        module.save_checkpoint = save_and_die
+
+    def stop_while_saving():
+        def save_when_stopped(path, **entries):
+            os.kill(os.getpid(), signal.SIGTERM)
+            save(path, **entries)
+
+        module.save_checkpoint = save_when_stopped
+
+    process, run = start(kind, "whole"), tmp_path / "runs" / "killed"
     assert process.end() == 0, process.text
-    whole, run = time.monotonic() - began, tmp_path / "runs" / "killed"
     assert start(kind, "killed", prepare=kill_at_copies).end() == -signal.SIGKILL
     assert not (run / f"{kind}_best.pt").exists()
     for _ in range(2):
-        process = start(kind, "killed")
-        time.sleep(moments.uniform(0.02, 0.2) * whole)
-        process.kill()
-    process = start(kind, "killed")
+        assert start(kind, "killed", prepare=kill_soon).end() == -signal.SIGKILL
+        moments.random()                                      # the next process draws another one
+    process = start(kind, "killed", prepare=stop_while_saving)
     process.until(lambda: "Epoch" in process.text)
-    os.kill(process.number, signal.SIGTERM)
     assert process.end(seconds=10) == 128 + signal.SIGTERM, process.text
     assert "resume with -c auto" in process.text
     process = start(kind, "killed")

@@ -76,6 +76,7 @@ def test_numbers_are_read_as_they_are(read, loss):
     ("study_id,a,b\np1,x,y\n", "ce", "one label column beside study_id, has a, b"),
     ("study_id\np1\n", "bce", "a label column beside study_id, has none"),
     ("patient,a\np1,1\n", "bce", "column study_id"), ("study_id,a\n", "bce", "needs rows"),
+    ("study_id;a\np1;1\n", "bce", r"its first line is: study_id;a \(commas stand between columns\)"),
     ("", "bce", "needs rows"),
     ("study_id,a\np1,1\np2,0\np1,1\n", "bce", "line 4: the study p1 comes a second time"),
     ("study_id,a\n,1\n", "bce", "line 2: the study has no name"),
@@ -102,7 +103,8 @@ def test_studies_and_labels_without_each_other_are_listed(read):
     labels = read("study_id,a,b\np1,1,\np2,,nan\np9,1,0\np3,0,1\n")
     found, unlabelled, unknown = labels.match(studies("p1 p2 p3 p4"))
     assert found == studies("p1 p3") and unlabelled == ["p2", "p4"] and unknown == ["p9"]
-    with pytest.raises(UserError, match="labels.csv: has labels for none of the 2 studies"):
+    with pytest.raises(UserError, match=r"labels.csv: has labels for none of the 2 studies \(p2, p5 ...\), "
+                                        r"but for p1, p2, p9 ..."):
         labels.match(studies("p2 p5"))
 
 

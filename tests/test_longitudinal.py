@@ -1,13 +1,25 @@
 """Cases on disk, their splits, and the dataset of pairs."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader
 
 from datasets.augment import XrayAugment
-from datasets.io import write_nifti
-from datasets.longitudinal import LongitudinalMIMDataset, find_cases, patient_of, read_case, split_cases
+from datasets.io import min_max, write_nifti
+from datasets.longitudinal import (
+    LongitudinalMIMDataset,
+    find_cases,
+    find_pairs,
+    normalise,
+    pair_name,
+    patient_of,
+    read_case,
+    read_pairs,
+    split_cases,
+)
 from datasets.masking import PatchMask
 from utils.config import BadFile, UserError
 
@@ -68,6 +80,9 @@ def test_no_cases_and_no_folder_are_errors(tmp_path):
     for folder in (tmp_path, tmp_path / "absent"):
         with pytest.raises(UserError, match=str(folder)):
             find_cases(folder)
+    (tmp_path / "file").write_text("a")
+    with pytest.raises(UserError, match="file: a file, not a folder"):
+        find_cases(tmp_path / "file")
     with pytest.raises(UserError, match="no cases"):
         LongitudinalMIMDataset([], size=16)
 
@@ -162,6 +177,76 @@ def test_images_in_any_unit_are_normalised(root):
         write_nifti(root / "p1_a" / f"{name}.nii.gz", image[0].numpy() * 3000 - 1000)
     for image, other in zip(read_case(root / "p1_a", 16), expected, strict=True):
         torch.testing.assert_close(image, other, atol=1e-5, rtol=0)
+
+
+def test_nifti_files_are_taken_as_prepared_and_other_kinds_are_clipped():
+    """Pairs keep their values to the last bit; of a raw X-ray 0.3 % at each end do not count."""
+    image = np.random.default_rng(0).random((100, 100), np.float32)
+    image[:2, :10] = 40
+    for name in ("a.nii.gz", "A.NII"):
+        np.testing.assert_array_equal(normalise(image, name), min_max(image))
+    raw = normalise(image, "a.png")
+    assert (raw[:2, :10] == 1).all() and 0.4 < np.median(raw) < 0.6
+    np.testing.assert_array_equal(raw, normalise(image, "a.dcm"))
+    assert not normalise(np.ones((5, 5)), "a.jpg").any()
+
+
+def test_pairs_to_judge_lie_in_folders_of_any_kind_of_image(root):
+    """What training needs is more than what can be judged: the map may be missing, or a whole part."""
+    (root / "p2_a" / "diff_map.nii.gz").unlink()
+    (root / "p3_a" / "prior.nii.gz").unlink()
+    (root / "p9").mkdir()
+    for name in ("prior.png", "current.dcm", "notes.png"):
+        (root / "p9" / name).write_bytes(b"x")
+    found = dict(find_pairs(root, "all", 0.2, 0.1))
+    assert list(found) == ["p1_a", "p1_b", "p2_a", "p3_a", "p4_x__pair1", "p4_x__pair2", "p9"]
+    assert {name: sorted(files) for name, files in found.items() if len(files) < 3} == {
+        "p2_a": ["current", "prior"], "p3_a": ["current", "truth"], "p9": ["current", "prior"]}
+    with pytest.raises(UserError, match="p9: no case folder below it; .* prior.* and current.*PNG.*--pairs"):
+        find_pairs(root / "p9", "all", 0.2, 0.1)
+    with pytest.raises(UserError, match="no case is in the split test"):
+        find_pairs(root, "test", 0.2, 0)
+
+
+@pytest.mark.parametrize("prior, current, name", [
+    ("p7/2021.dcm", "p7/2022.png", "p7_2021_to_2022"),
+    ("p7/2021/img.nii.gz", "p7/2022/img.nii.gz", "p7_2021-img_to_2022-img"),
+    ("p7/1.2.840.1", "p7/1.2.840.2", "p7_1.2.840.1_to_1.2.840.2"),
+    ("p 7/a:b.png", "p 7/é?.png", "p-7_a-b_to_é-"), ("p7/../p8/1.png", "p8/2.png", "p8_1_to_2")])
+def test_a_pair_is_named_after_both_images_and_their_folder(tmp_path, prior, current, name):
+    """Two priors of one current image must not overwrite each other, nor two patients' images of one name."""
+    assert pair_name(tmp_path / prior, tmp_path / current) == name
+
+
+def test_names_of_pairs_fit_into_a_file_system(tmp_path):
+    """Archives name folders by numbers of 64 digits; what is cut off still makes a difference."""
+    names = {pair_name(tmp_path / f"{'é' * 80}/{i}" / ("1" * 64), tmp_path / "b.png") for i in (1, 2)}
+    assert len(names) == 2 and all(len(name.encode()) <= 200 for name in names)
+
+
+def test_a_table_of_pairs(tmp_path):
+    """Paths are relative to the table, which may name its cases, or some of them."""
+    table = tmp_path / "visits.csv"
+    table.write_text("case,current,prior\nfirst/one,a/2.png,a/1.png\n,/x/2.png,/x/1.png\n")
+    assert read_pairs(table) == [
+        ("first-one", {"prior": [tmp_path / "a/1.png"], "current": [tmp_path / "a/2.png"]}),
+        ("x_1_to_2", {"prior": [Path("/x/1.png")], "current": [Path("/x/2.png")]})]
+
+
+@pytest.mark.parametrize("rows, message", [
+    ("prior;current\na;b\n", "has columns prior;current; needs .* prior and current"),
+    ("before,current,age\na,b,3\n", "has columns before, current, age; needs"),
+    ("prior,current\n", "no row below"), ("", "no row below"), (None, "cannot be read"),
+    ("prior,current\na,b\n,b\n", "line 3: prior and current must both"),
+    ("prior,current,case\na,b,x\nc,d,x\n", "line 3: a second case x;.*column case"),
+    ("prior,current\na.png,b.png\na.jpg,b.png\n", "line 3: a second case .*a_to_b;.*column case")])
+def test_a_bad_table_of_pairs_is_one_line(tmp_path, rows, message):
+    """Each names the table and what is wrong with it."""
+    if rows is not None:
+        (tmp_path / "visits.csv").write_text(rows)
+    with pytest.raises(UserError, match=message) as error:
+        read_pairs(tmp_path / "visits.csv")
+    assert f"--pairs {tmp_path / 'visits.csv'}" in str(error.value) and "\n" not in str(error.value)
 
 
 def test_constant_images_become_zeros(tmp_path):

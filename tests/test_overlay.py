@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFont
 
-from utils.overlay import CAPTION_HEIGHT, GAP, overlay, sample_sheet, save_overlay
+import utils.overlay
+from utils.overlay import CAPTION_HEIGHT, GAP, PANEL_PIXELS, overlay, sample_sheet, save_overlay
 
 
 @pytest.fixture
@@ -37,6 +38,19 @@ def test_a_stronger_change_is_a_stronger_colour(case):
     faint = [panel(overlay(prior, current, factor * diff), 2)[75, 75] for factor in (0.1, 0.3, 1.0)]
     assert (faint[0] == 153).all()
     assert 153 < faint[1][0] < faint[2][0]
+
+
+def test_the_caption_says_when_nothing_is_marked(case, monkeypatch):
+    """A case without changes must not look like one that failed; else the legend has the threshold."""
+    captions = []
+    monkeypatch.setattr(utils.overlay, "row", lambda panels, words: captions.append(words[2]))
+    prior, current, diff = case
+    for factor, threshold in ((1, 0.05), (0, 0.05), (1, 0.3), (-1, 0.299)):
+        overlay(prior, current, factor * diff, threshold=threshold)
+    assert [caption.startswith("no change above") for caption in captions] == [False, True, True, False]
+    assert captions[:2] == ["denser: new (red), less: resolved (green), > 0.05", "no change above 0.05"]
+    font = ImageFont.load_default(size=14)
+    assert all(font.getlength(caption) < PANEL_PIXELS[0] - 8 for caption in captions)
 
 
 def test_truth_and_uncertainty_add_a_panel_each(case):

@@ -17,7 +17,15 @@ from threadpoolctl import threadpool_info
 from datasets import pair_files, pairs
 from datasets.io import read_image, write_nifti
 from datasets.nuisance import draw_pose, pose_grid, warp
-from datasets.pair_files import CRASHED, case_prefixes, find_sources, find_volumes, run_jobs, write_cases
+from datasets.pair_files import (
+    CRASHED,
+    case_prefixes,
+    describe_sources,
+    find_sources,
+    find_volumes,
+    run_jobs,
+    write_cases,
+)
 from datasets.pairs import (
     FINDING_PROBABILITIES,
     clean_map,
@@ -292,7 +300,7 @@ def test_nothing_usable_is_an_error(xrays, tmp_path):
     with pytest.raises(UserError):
         find_sources(tmp_path / "nowhere")
     broken = [("b", xrays / "b_1/broken.png")]
-    with pytest.raises(UserError, match="none of 1 files"):
+    with pytest.raises(UserError, match="none of 1 files.*broken.png: "):
         write_pairs(broken, tmp_path / "none", 1, SIZE, 0, 0, {})
     with pytest.raises(UserError, match="no image"):
         write_pairs([], tmp_path / "empty", 1, SIZE, 0, 0, {})
@@ -322,6 +330,31 @@ def test_the_patient_comes_from_the_folder_the_name_or_a_table(xrays, tmp_path):
         table.write_text(text, encoding="latin1")
         with pytest.raises(UserError, match=message):
             find_sources(flat, table)
+
+
+def test_the_user_is_told_who_was_found(tmp_path):
+    """A wrong guess puts a patient on both sides of the split, and nothing else would tell."""
+    names = [f"d+{day:03d}_PA_p{number}.png" for day, number in ((0, 1), (2, 1), (0, 2), (7, 2), (9, 3))]
+    for name in names:
+        (tmp_path / name).write_bytes(b"x")
+    first, warning = describe_sources(find_sources(tmp_path), tmp_path)
+    shown = f"d+000: {names[0]}, d+002: {names[1]}, d+007: {names[3]}"
+    assert first == f"5 images of 4 patients, such as {shown}"
+    assert warning.startswith(f"warning: by their names the 5 images directly in {tmp_path} are of 4 ")
+    assert "--patients CSV" in warning
+    table = tmp_path / "patients.csv"
+    rows = [f"{name},{name[-5]}" for name in names]
+    table.write_text("\n".join(["path,patient", *rows, "absent.png,1", "gone.png,2"]))
+    first, unused = describe_sources(find_sources(tmp_path, table), tmp_path, table)
+    assert first == f"5 images of 3 patients, such as 1: {names[0]}, 2: {names[2]}, 3: {names[4]}"
+    assert unused == f"--patients {table}: 2 rows name no image below {tmp_path}"
+
+
+def test_folders_of_patients_and_names_that_repeat_are_not_warned_of(tmp_path, xrays):
+    """A warning that always comes is not read."""
+    assert len(describe_sources(find_sources(xrays), xrays)) == 1
+    flat = [(f"p{number // 2}", tmp_path / f"p{number // 2}_{number}.png") for number in range(6)]
+    assert len(describe_sources(flat, tmp_path)) == 1 and len(describe_sources(flat[:1], tmp_path)) == 1
 
 
 def test_volumes_are_files_and_folders_of_slices(tmp_path):

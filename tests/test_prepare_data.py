@@ -46,12 +46,14 @@ def cases(folder):
 
 
 def test_pairs_makes_cases_and_says_how_many(run, xrays, tmp_path, capsys):
-    """The last line names the folder; the second run keeps everything."""
+    """The first line says who was found, the last one names the folder; the second run keeps everything."""
     words = ("pairs", "--data", xrays, "--output", tmp_path / "out", "--per-image", 2, "--size", 96,
              "--workers", 0)
     run(*words)
-    assert capsys.readouterr().out.splitlines() == [
-        "4 pairs made and 0 kept; 2 images of 2 patients", f"Pairs: {tmp_path / 'out'}"]
+    first, warning, *last = capsys.readouterr().out.splitlines()
+    assert first == "2 images of 2 patients, such as p0: p0_visit.nii.gz, p1: p1_visit.nii.gz"
+    assert warning.startswith("warning: ")
+    assert last == ["4 pairs made and 0 kept", f"Pairs: {tmp_path / 'out'}"]
     run(*words)
     assert "0 pairs made and 4 kept" in capsys.readouterr().out
     assert [case.name for case in cases(tmp_path / "out")] == [
@@ -102,7 +104,8 @@ def test_ct_volumes_become_pairs_too(run, tmp_path, capsys):
     run("pairs", "--ct", "--data", tmp_path / "ct", "--output", tmp_path / "out", "--per-image", 2,
         "--size", 64, "--workers", 0, "--findings", "nodules=1",
         "--set", "CT_SPACING_MM=6.0", "PAIR_DEVICES=1.0")
-    assert "2 pairs made and 0 kept; 1 images of 1 patients" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "2 pairs made and 0 kept" in printed and "1 images of 1 patients, such as p1: p1_scan" in printed
     for case in cases(tmp_path / "out"):
         params = json.loads((case / "params.json").read_text())
         assert len(params["findings"]) == 1 and all(params["devices"].values())
@@ -119,6 +122,7 @@ def test_ct_volumes_become_pairs_too(run, tmp_path, capsys):
     (("--size", 100), "multiple of 32"),
     (("--per-image", 0), "1 or more"),
     (("--workers", -1), "0 or more"),
+    (("--data", prepare_data.__file__), "prepare_data.py: a file, not a folder"),
     (("--patients", "nowhere.csv"), "--patients nowhere.csv: cannot be read"),
 ])
 def test_a_mistake_is_one_line_that_names_it(run, xrays, tmp_path, words, message):
@@ -128,6 +132,12 @@ def test_a_mistake_is_one_line_that_names_it(run, xrays, tmp_path, words, messag
     assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
 
 
+def test_ct_on_xrays_says_so(run, xrays, tmp_path):
+    """What a newcomer does who takes --ct for a kind of output."""
+    with pytest.raises(UserError, match="none of 2 files.*need no --ct.*p0_visit.nii.gz: .*2D"):
+        run("pairs", "--ct", "--data", xrays, "--output", tmp_path / "out", "--workers", 0)
+
+
 def test_an_empty_folder_ends_with_code_2_and_one_line(tmp_path):
     """As a process: stderr holds the line alone, without a traceback."""
     words = ["pairs", "--data", tmp_path, "--output", tmp_path / "out"]
@@ -135,6 +145,15 @@ def test_an_empty_folder_ends_with_code_2_and_one_line(tmp_path):
                           text=True)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1 and str(tmp_path) in done.stderr
+
+
+def test_a_cache_is_told_with_its_studies_and_guesses(run, studies, tmp_path, capsys):
+    """What labels must name, and that MRI or CT was guessed."""
+    run("cache", "--data", studies / "raw", "--output", tmp_path / "cache", "--workers", 0)
+    first, names, guessed, last = capsys.readouterr().out.splitlines()
+    assert first.startswith("10 studies: 16 series cached")
+    assert names.endswith(": s0, s1, s2, s3, s4, ... and 5 more")
+    assert guessed.startswith("10 of 10 modes (MRI or CT) were guessed: check ")
 
 
 def test_demo_data_lie_where_training_looks_and_have_their_own_settings(run, tmp_path):

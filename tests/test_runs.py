@@ -3,10 +3,11 @@
 import math
 
 import pytest
+import torch
 
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.config import UserError
-from utils.runs import best_row, is_better, keep_checkpoint, open_run, resume_position, stale_for
+from utils.runs import best_row, is_better, keep_checkpoint, open_run, own_sums, resume_position, stale_for
 
 
 @pytest.mark.parametrize("mode, value, best, better", [
@@ -109,6 +110,18 @@ def test_an_epoch_goes_on_at_its_share_and_at_the_start_of_a_group(batch, num_ba
     checkpoint = {"epoch": 3, "batch_in_epoch": batch, "num_batches": 10, "history": [{"epoch": 2}]}
     assert resume_position(checkpoint, num_batches, every) == position
     assert resume_position({**checkpoint, "history": [{"epoch": 3}]}, num_batches, every) == (4, 0)
+
+
+def test_every_rank_goes_on_with_its_own_sums_and_other_ranks_with_their_mean(monkeypatch):
+    """A mean shared by all would differ from the sum that a run in peace has in its last bits."""
+    saved = [{"loss": torch.tensor(1.0)}, {"loss": torch.tensor(3.0)}]
+    monkeypatch.setattr("utils.runs.world_size", lambda: 2)
+    monkeypatch.setattr("utils.runs.rank", lambda: 1)
+    assert own_sums(saved, 1.0, "cpu") == {"loss": 3.0}
+    assert own_sums([{}, {}], 1.0, "cpu") == {}
+    monkeypatch.setattr("utils.runs.world_size", lambda: 3)
+    assert own_sums(saved, 0.5, "cpu") == {"loss": 1.0}
+    assert own_sums(saved[0], 1.0, "cpu") == {"loss": 1.0}
 
 
 @pytest.mark.parametrize("values, mode, expected", [

@@ -5,8 +5,8 @@ import torch
 from PIL import Image
 
 from utils.em_pictures import colours
-from utils.overlay import CAPTION_HEIGHT, GAP, PANEL_PIXELS
-from utils.slice_sheet import slice_rows, slice_sheet
+from utils.overlay import CAPTION_HEIGHT, GAP, NEW, PANEL_PIXELS, RESOLVED
+from utils.slice_sheet import numbered, part_colours, slice_rows, slice_sheet
 
 
 def batch(side=PANEL_PIXELS[0]):
@@ -34,8 +34,17 @@ def test_a_row_shows_the_slice_the_truth_and_the_prediction(tmp_path):
     assert not panels[0][0].any() and not panels[1][0].any() and not panels[1][1].any()
     lit = panels[0][1].any(-1)
     assert lit[50:100, 50:100].all() and lit.sum() < 52 * 52
-    assert np.array_equal(panels[0][1][50, 60], colours(np.array(1)))
+    assert np.array_equal(panels[0][1][50, 60], RESOLVED)
     assert panels[0][2].any(-1)[200:260, 200:260].all() and panels[1][2].any()
+
+
+def test_cord_and_lesion_have_the_colours_of_the_cascade():
+    """Whatever their number in the masks; other parts have colours of their own, unknown pixels none."""
+    mask = torch.tensor([-1, 0, 1, 2])
+    for names, due in ((["cord", "lesion"], (RESOLVED, NEW)), (["lesion", "cord"], (NEW, RESOLVED)),
+                       (["lesion", "disc"], (NEW, colours(np.array(3))))):
+        found = part_colours(numbered(mask, names))
+        assert found[2:].tolist() == [list(colour) for colour in due] and not found[:2].any()
 
 
 def test_the_caption_tells_the_class_and_how_sure_it_is():

@@ -155,10 +155,11 @@ def test_a_folder_per_patient_with_masks_beside_the_series(tmp_path):
     assert "1 file(s) that are no images left out: t2.json" in notes[0]
     slices, _, notes = find_slices(tmp_path, mask="_lesion")
     assert {slice.mask.name for slice in slices} == {"t2_lesion.nii.gz"}
-    assert "2 series without a mask _lesion left out: p1/t2.nii.gz, p2/scan" in notes
+    assert any(note.startswith("2 series without a mask _lesion left out: p1/t2.nii.gz, p2/scan; the word "
+                               "behind the _ is SPINE_MASK_WORD; or name masks in a CSV") for note in notes)
     with pytest.raises(UserError, match="which masks"):
         find_slices(tmp_path, layout="patients")
-    with pytest.raises(UserError, match="no series has a mask, a file of its name and _cord beside it"):
+    with pytest.raises(UserError, match="no series has a mask, .* and _cord beside it; .*SPINE_MASK_WORD"):
         find_slices(tmp_path, mask="cord")
 
 

@@ -178,7 +178,7 @@ def test_any_run_starts_any_other(no_curves, train_spine, capsys):
             assert torch.allclose(state[name], states[1][name], atol=1e-8)
     printed = capsys.readouterr().out
     assert "No --init: the network starts from random weights" in printed
-    assert "0 not []" in printed and "not ['classifier." in printed
+    assert "0 not\n" in printed and "not: classifier." in printed
     back = train_spine("classify", "back", *still, words=["--init", runs["multitask"] / "multitask_last.pt"])
     assert torch.allclose(torch.load(back / "classify_last.pt", weights_only=True)["model_state_dict"][
         "conv1.weight"], averages["conv1.weight"], atol=1e-8)
@@ -199,6 +199,23 @@ def test_painted_lesions_are_tested_on_real_ones(no_curves, train_spine, script,
     line = refused("train_finetune", "--task", "segment", "-n", "b", "--data", spine / "cord_masks.csv",
                    "--set", *SMALL_SPINE, f"RUNS_DIR={tmp_path}", "SPINE_LESIONS=1.0")
     assert "SPINE_LESIONS_IN_VALIDATION = False" in line
+
+
+def test_the_axis_of_a_table_is_that_of_the_cascade(no_curves, train_spine, script, spine, tmp_path):
+    """All rows say sagittal: infer_cascade.py cuts so without --axis, and not as the series is stored."""
+    rows = [f"{spine}/c{number}.nii.gz,sagittal,{('other', 'spine')[number % 2]},p{number}\n"
+            for number in range(8)]
+    (tmp_path / "sagittal.csv").write_text("path,axis,label,patient\n" + "".join(rows))
+    run = train_spine("classify", "axis", table=tmp_path / "sagittal", words=["--fast-dev-run"])
+    for folder in ("weights", "in"):
+        (tmp_path / folder).mkdir()
+    shutil.copy(run / "classify_best.pt", tmp_path / "weights" / "anatomy.pt")
+    shutil.copy(spine / "c0.nii.gz", tmp_path / "in")                    # 40 sagittal slices, 6 axial ones
+    for words, count, view in (([], "40", "sagittal"), (["--axis", "stored"], "6", "axial")):
+        script("infer_cascade", "--input", tmp_path / "in", "--weights", tmp_path / "weights",
+               "--output", tmp_path / "out", *words)
+        (row,) = rows_of(tmp_path / "out" / "cascade.csv")
+        assert (row["slices"], row["view"]) == (count, view)
 
 
 OPTIONS = {

@@ -335,17 +335,19 @@ def test_a_study_is_in_one_split_and_stays_there(count):
 def test_a_csv_decides_on_the_splits(tmp_path):
     """Its messages name the constant, the file and what is wrong."""
     path, studies = tmp_path / "split.csv", named("abc")
-    path.write_text("study,split\nb,train\na,test\nc,val\nx,train\n")
-    splits = split_studies(studies, 0.2, 0.1, path)
-    assert {key: [s.name for s in part] for key, part in splits.items()} == \
-        {"train": ["b"], "val": ["c"], "test": ["a"]}
+    for word in ("study", "study_id"):
+        path.write_text(f"{word},split\nb,train\na,test\nc,val\nx,train\n")
+        splits = split_studies(studies, 0.2, 0.1, path)
+        assert {key: [s.name for s in part] for key, part in splits.items()} == \
+            {"train": ["b"], "val": ["c"], "test": ["a"]}
     for rows, message in (("study,split\na,train\nb,val\n", "study c is missing"),
                           ("study,split\na,train\na,val\n", "line 3: a is already in train"),
                           ("study,split\na,training\n", 'line 2: "training"'),
                           ("study,split\na,train\nb,train\nc,train\n", "no study has the split val"),
                           ("study,split\na,train,x\n", "line 2: 3 cells under 2 columns"),
                           ("study,study,split\na,a,train\n", "same name"),
-                          ("patient,split\na,train\n", 'column "study"')):
+                          ("study;split\na;train\n", "its first line is: study;split .commas"),
+                          ("patient,split\na,train\n", 'column "study_id" or "study"')):
         path.write_text(rows)
         with pytest.raises(UserError, match=message) as error:
             split_studies(studies, 0.2, 0.1, path)

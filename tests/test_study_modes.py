@@ -37,7 +37,8 @@ def test_a_table_gives_the_modes_it_names(tmp_path):
     table = tmp_path / "modes.csv"
     table.write_text("study,mode,source\ns1,mri,guess\ns3,ct,csv\n")
     assert read_modes(table, STUDIES) == {"s1": "mri", "s3": "ct"}
-    assert read_modes(None, STUDIES) == {}
+    table.write_text("study_id,mode\ns2,ct\n")
+    assert read_modes(table, STUDIES) == {"s2": "ct"} and read_modes(None, STUDIES) == {}
 
 
 @pytest.mark.parametrize("rows, message", [
@@ -45,7 +46,7 @@ def test_a_table_gives_the_modes_it_names(tmp_path):
     ("study,mode\ns1,mri\ns1,mri\n", "line 3: the study s1 comes a second time"),
     ("study,mode\ns4x,mri\n", "line 2: there is no study s4x"),
     ("study,mode\ns1\n", "line 2: 1 cells under 2 columns"),
-    ("study;mode\ns1;mri\n", "needs rows, and the columns study and mode"),
+    ("study;mode\ns1;mri\n", "needs rows, and the columns study and mode; its first line is: study;mode "),
     ("", "needs rows, and the columns study and mode"),
 ])
 def test_a_wrong_table_is_refused_by_its_line(tmp_path, rows, message):

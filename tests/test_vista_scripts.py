@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import h5py
 import numpy as np
@@ -18,7 +19,12 @@ from test_scripts import states_differ
 
 import infer_vista3d
 import train_vista3d
+from datasets.connectomics import ConnectomicsDataset
+from datasets.em_labels import IGNORE
+from datasets.em_sources import find_sources
 from utils.config import UserError
+from utils.em_pictures import COLUMNS
+from utils.instance_metrics import SemanticMetrics
 
 KIND = "vista3d"
 
@@ -76,6 +82,34 @@ def test_a_run_leaves_everything_that_is_promised(train_vista):
         "train/loss", "train/loss_sem", "train/loss_ce", "train/loss_dice", "train/loss_ins", "val/loss",
         "val/loss_sem", "val/loss_ins", "val/accuracy", "val/dice", "val/iou", "val/adapted_rand_error",
         "val/voi", "val/voi_split", "val/voi_merge"}
+
+
+def test_what_is_predicted_where_a_crop_is_mirrored_does_not_count(volumes):
+    """A crop deeper than its volume: neither losses nor scores see what is beyond."""
+    sources = [replace(source, sections=(0, 5)) for source in find_sources(volumes, ["snemi3d"], 0, 0, 0)]
+    dataset = ConnectomicsDataset(sources, (8, 32, 32), False, 1, {})
+    batch = {name: value[None] for name, value in dataset[0].items() if isinstance(value, torch.Tensor)}
+    torch.manual_seed(0)
+    outputs = {"semantic": torch.randn(1, 16, 8, 32, 32), "embedding": torch.randn(1, 4, 8, 32, 32)}
+    metrics = []
+    for _ in range(2):
+        seen = SemanticMetrics(16)
+        seen.update(outputs["semantic"].argmax(1), batch["classes"], batch["meaning"])
+        loss, terms = train_vista3d.loss_terms(outputs, {**batch, "count": None}, None)
+        metrics.append([seen.confusion.tolist(), loss.item(), *(term.item() for term in terms.values())])
+        for values in outputs.values():
+            values[:, :, 5:] = 9 * torch.randn(values[:, :, 5:].shape)
+    assert metrics[0] == metrics[1] and sum(map(sum, metrics[0][0])) == 5 * 32 * 32
+
+
+def test_the_sheet_is_given_the_true_classes(train_vista, monkeypatch, capsys):
+    """True and predicted, classes and instances: what the guide promises; crops too deep are said."""
+    sheets = []
+    monkeypatch.setattr(train_vista3d, "sheet", lambda path, rows: sheets.extend(rows))
+    train_vista("short", "VISTA_EPOCHS=1", "VISTA_PATCH_SIZE=[16, 32, 32]", words=["--fast-dev-run"])
+    assert set(sheets[0]) == set(COLUMNS) and (sheets[0]["classes"][11:] == IGNORE).all()
+    out = capsys.readouterr().out
+    assert "val: 11 sections, crops are 16 deep: " in out and "snemi3d: voxels of 30 x 6 x 6 nm" in out
 
 
 def test_a_run_stopped_inside_an_epoch_ends_as_one_never_stopped(train_vista, monkeypatch):
@@ -185,6 +219,16 @@ def know_all(model, device, tta):
     return predict
 
 
+def know_nothing(model, device, tta):
+    """A network that takes everything for one neuron."""
+    def predict(images):
+        probabilities = torch.zeros(len(images), 5, *images.shape[2:])
+        probabilities[:, 1] = 1
+        return probabilities, torch.zeros(len(images), 4, *images.shape[2:])
+
+    return predict
+
+
 @pytest.fixture
 def easy(tmp_path, monkeypatch):
     """(path of a volume in which every brick has a grey of its own, truth); the network knows all of it."""
@@ -236,6 +280,21 @@ def test_an_interrupted_inference_goes_on_and_two_ranks_agree(mode, learnt, infe
                           env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())})
     assert done.returncode == 0, done.stderr
     assert np.array_equal(read(tmp_path / "shared.h5"), whole)
+
+
+def test_a_log_file_tells_what_is_done_and_what_is_wrong(learnt, infer, easy, capsys, monkeypatch):
+    """No bar is drawn there: a line for each slab; what is replaced, first; a network that knows nothing."""
+    words = [learnt / f"{KIND}_best.pt", "--patch-size", 16, 64, 64]
+    infer(*words, source=easy[0])
+    lines = capsys.readouterr().out.splitlines()
+    slabs = [line for line in lines if line.startswith("Sections ")]
+    assert slabs[0] == "Sections 0 to 7 of 40 finished" and slabs[-1].endswith(" to 39 of 40 finished")
+    assert not [line for line in lines if line.startswith(("Replaces", "One instance"))]
+
+    monkeypatch.setattr(infer_vista3d, "build_predict", know_nothing)
+    path = infer(*words, source=easy[0])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"Replaces {path}" and "One instance fills 100% of the volume" in "".join(lines)
 
 
 @pytest.mark.parametrize("suffix", [".h5", ".tif", ".nii.gz", ".zarr"])
@@ -296,10 +355,10 @@ def test_weights_of_monai_and_of_other_runs_start_the_network(train_vista, tmp_p
     peer = SegResNet(spatial_dims=3, in_channels=1, out_channels=8, init_filters=8)
     torch.save(peer.state_dict(), tmp_path / "monai.pt")
     train_vista("monai", "VISTA_EPOCHS=1", words=["--init", tmp_path / "monai.pt"])
-    assert " weights of the backbone matched, 13 not ['semantic.0.weight'" in capsys.readouterr().out
+    assert " weights of the backbone matched, 13 not: semantic.0.weight" in capsys.readouterr().out
     first = train_vista("first", "VISTA_EPOCHS=1")
     train_vista("second", "VISTA_EMBEDDING=8", words=["--init", first / f"{KIND}_last.pt", "--fast-dev-run"])
-    assert " weights of the backbone matched, 2 not ['instance.6.weight'" in capsys.readouterr().out
+    assert " weights of the backbone matched, 2 not: instance.6.weight" in capsys.readouterr().out
     with pytest.raises(UserError, match="0% of the model's weights"):
         train_vista("wider", "VISTA_FEATURES=16", words=["--init", first / f"{KIND}_last.pt"])
 

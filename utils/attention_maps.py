@@ -59,6 +59,7 @@ def to_source_space(values, affine, source_shape, source_affine):
 def attention_sheet(path, volume, attention, count, title):
     """Write a PNG of the ``count`` most attended slices, in order of position, under the attention in colour.
 
+    title: a line above them, over one that says what the colour means.
     volume uint8 [D, H, W]; attention [D, H, W] >= 0 as ``token_map`` gives it.  Slices of one layer
     of tokens have the same attention, so its middle slice stands for them.  The colour is the more opaque the
     more attention a token has; a caption says the slice and the layer's share of the map's attention.
@@ -70,10 +71,11 @@ def attention_sheet(path, volume, attention, count, title):
     peak = max(attention.max(), np.finfo(np.float32).tiny)
     shown = np.sort(np.argsort(-shares, kind="stable")[:count])
     panels = [heat(volume[middles[i]], attention[middles[i]] / peak) for i in shown]
-    captions = [f"slice {middles[i] + 1} of {len(volume)}: {shares[i]:.1%}" for i in shown]
+    captions = [f"slice {middles[i] + 1} of {len(volume)}: {shares[i]:.1%} of the attention" for i in shown]
     strips = [row(panels[i:i + COLUMNS], captions[i:i + COLUMNS]) for i in range(0, len(panels), COLUMNS)]
     sheet = stack(strips)
-    Image.fromarray(np.concatenate([heading(title, sheet.shape[1]), sheet])).save(path)
+    heads = [heading(text, sheet.shape[1]) for text in (title, "the more yellow, the more attention")]
+    Image.fromarray(np.concatenate([*heads, sheet])).save(path)
 
 
 def heat(image, strength):
@@ -127,4 +129,5 @@ def write_attention(folder, dataset, batch, attention, names):
                                torch.cat([coords[i] for i in parts]), batch["size"][parts[0]].tolist())
             image = to_source_space(values, series.affine, series.source_shape, series.source_affine)
             image.to_filename(folder / f"{series.name}{head}.nii.gz")
-            attention_sheet(folder / f"{series.name}{head}.png", volume, values, 4, f"{name} {head[1:]}")
+            title = f"{name}, finding: {head[1:]}" if head else name
+            attention_sheet(folder / f"{series.name}{head}.png", volume, values, 4, title)

@@ -190,6 +190,8 @@ def save_overlay(path, slices, spacing, masks, shown):
     """
     box = top, left, height, width = fit_box(slices.shape[1:], spacing, PICTURE, "letterbox")
     strips = []
+    colours = ", ".join(f"{part} {colour}" for part, colour in (("cord", "green"), ("lesion", "red"))
+                        if part in masks)
     for i in shown:
         image = into_box(to_unit(slices[i], np.percentile(slices[i], (0.5, 99.5))), box, PICTURE)
         signs = np.zeros(slices.shape[1:], np.float32)
@@ -199,5 +201,5 @@ def save_overlay(path, slices, spacing, masks, shown):
         marks = np.zeros((PICTURE, PICTURE), np.float32)
         marks[top:top + height, left:left + width] = F.interpolate(
             torch.from_numpy(signs)[None, None], (height, width), mode="nearest-exact")[0, 0]
-        strips.append(row([grey(image), tint(image, marks, 0.1)], [f"slice {i}", "cord green, lesion red"]))
+        strips.append(row([grey(image), tint(image, marks, 0.1)], [f"slice {i}", colours]))
     Image.fromarray(stack(strips)).save(path)

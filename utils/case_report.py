@@ -7,12 +7,19 @@ them for the word of a loss; NaN = unknown.
 import torch
 
 from utils import mask_metrics
-from utils.classification import DESCRIPTIONS, bootstrap, confusion_figure, confusion_rates, roc_figure
+from utils.classification import (
+    DESCRIPTIONS,
+    bootstrap,
+    confusion_figure,
+    confusion_rates,
+    roc_figure,
+    undefined_labels,
+)
 from utils.intervals import draw_units, intervals
 from utils.photo_metrics import PhotoMetrics, calibration_figure, class_table
 from utils.photo_sheet import photo_sheet
 from utils.scores import beside
-from utils.slice_sheet import slice_sheet
+from utils.slice_sheet import numbered, slice_sheet
 from utils.tables import text_table, write_csv
 
 UNITS = {"patient": "patients", "series": "series", "slice": "slices"}        # what may be resampled
@@ -54,13 +61,20 @@ def report_figures(output, title, word, names, results, intervals):
     """Print the figures of all cases with a label, and draw them -> dict of Intervals, {} without a label.
 
     intervals: (cases, outputs, labels) -> dict of Intervals; title: (heading of the column, what was drawn).
-    Writes roc.png where there is an AUROC, and confusion.png for classes.
+    Says of which labels figures are undefined.  Writes roc.png where there is an AUROC, and confusion.png for
+    classes.
     """
     cases, outputs, labels = labelled(results)
     if not cases:
         return {}
     figures = intervals(cases, outputs, labels)
     print(f"95 % intervals of {title[1]}\n{text_table({title[0]: figures}, DESCRIPTIONS)}")
+    if word in ("bce", "ce"):
+        for missing, kind in zip(undefined_labels(word, names, labels), ("with", "without"), strict=True):
+            if missing:
+                shown = ", ".join(missing[:8]) + ", ..." * (len(missing) > 8)
+                print(f"Undefined (-): figures of {shown} need cases with and without it; the split "
+                      f"{title[0]} has none {kind} it")
     if "auroc" in figures:
         roc_figure(output / "roc.png", word, names, outputs, labels, figures)
     if word == "ce":
@@ -102,7 +116,11 @@ def report_masks(output, title, metrics, figures, masks, worst):
     lowest, rows = {}, [row for row in rows if row["dice"] == row["dice"]]   # nan: rightly nothing was found
     for row in sorted(rows, key=lambda row: (row["dice"], -row["true_voxels"] - row["pred_voxels"])):
         lowest.setdefault(row["case"], row["dice"])
-    pictures = [(f"{case}: Dice {dice:.2f}", *masks(case)) for case, dice in list(lowest.items())[:worst]]
+    pictures = []
+    for case, dice in list(lowest.items())[:worst]:
+        image, *both = masks(case)
+        both = [numbered(mask, metrics.names) for mask in both]
+        pictures.append((f"{case}: Dice {dice:.2f}", image, *both))
     if pictures:
         slice_sheet(output / "worst.png", pictures)
 

@@ -199,7 +199,7 @@ def roc_figure(path, word, names, logits, labels, figures):
     """Write a PNG of the ROC curve of each label ("bce"), or of each class against the rest ("ce").
 
     logits, labels: as ``StudyMetrics`` holds them; figures: of ``compute`` or ``bootstrap``, for the legend.
-    A label of which only one class is present has no curve.
+    A label of which only one class is present has no curve; where none has one, no PNG is left.
     """
     figure = Figure(figsize=(8.4, 5.5), layout="constrained")
     axes = figure.add_subplot(aspect="equal", xlabel="1 - specificity", ylabel="sensitivity")
@@ -209,10 +209,23 @@ def roc_figure(path, word, names, logits, labels, figures):
         if {0, 1} <= set(truth[:, k].tolist()):
             false, true, _ = binary_roc(scores[:, k], truth[:, k], ignore_index=MISSING)
             axes.plot(false, true, linewidth=1.6, label=f"{name}  {cell(figures[f'auroc/{name}'])}")
+    if len(axes.lines) == 1:                         # the diagonal alone
+        path.unlink(missing_ok=True)
+        return
     axes.grid(alpha=0.3)
-    if len(axes.lines) > 1:
-        figure.legend(loc="outside right upper", fontsize=8, title="AUROC")
+    figure.legend(loc="outside right upper", fontsize=8, title="AUROC")
     save_figure(figure, path)
+
+
+def undefined_labels(word, names, labels):
+    """(names without a positive case, names without a negative one), whose figures are undefined.
+
+    word "bce" or "ce", names, labels: as for ``roc_figure``; a class of "ce" counts against the rest.
+    """
+    outputs = torch.zeros(len(labels), len(names))
+    truth = against_rest(word, outputs, labels)[0]
+    return tuple([name for name, column in zip(names, truth.T, strict=True) if not (column == kind).any()]
+                 for kind in (1, 0))
 
 
 def confusion_figure(path, names, logits, labels):

@@ -72,7 +72,8 @@ def exit_code(main):
 def training_parser(doc):
     """The command line that every training script shares; ``doc`` is the script's docstring."""
     parser = argparse.ArgumentParser(
-        description=doc, formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=42))
+        description=doc, allow_abbrev=False,
+        formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=42))
     add = parser.add_argument
     add("-c", "--checkpoint", metavar="PATH|auto",
         help="resume; auto: run -n's newest sound one, if any (default: start)")
@@ -102,8 +103,8 @@ def apply_preset(module, name):
     if name is None:
         return
     if name not in module.PRESETS:
-        raise UserError(f"-p {name}: no such preset in constants.py; there are {', '.join(module.PRESETS)}"
-                        f"{closest(name, module.PRESETS)}")
+        raise UserError(f"-p {name}: no such preset in constants.py{closest(name, module.PRESETS)}; "
+                        f"there are {', '.join(module.PRESETS)}")
     for constant, value in module.PRESETS[name].items():
         set_constant(module, constant, value, f"PRESETS[{name!r}]")
 
@@ -117,17 +118,22 @@ def apply_overrides(module, pairs):
         name, separator, text = pair.partition("=")
         if not separator:
             raise UserError(f"--set {pair}: expected NAME=VALUE")
-        try:
-            value = ast.literal_eval(text)
-        except (SyntaxError, ValueError):
-            value = text
-        set_constant(module, name, value, f"--set {pair}")
+        set_constant(module, name, read_value(text), f"--set {pair}")
     for name, value in hyperparameters(module).items():
         least = next((least for end, least in LEAST.items() if name.endswith(end)), None)
         if least is not None and value < least:
             raise UserError(f"{name} = {value}: must be {least} at least")
         if name.endswith(PEAK_RATES) and value <= 0:
             raise UserError(f"{name} = {value}: must be above 0")
+
+
+def read_value(text):
+    """The Python literal of a string, else the string; shells take the quotes from [a,b], a list of words."""
+    try:
+        return ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        inside = text[1:-1] if text[:1] + text[-1:] == "[]" else None
+        return text if inside is None else [read_value(word.strip()) for word in inside.split(",")]
 
 
 def restore_constants(module, values):

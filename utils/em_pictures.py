@@ -1,11 +1,13 @@
 """Pictures of electron microscopy: labels over images, three sections of a volume, samples of training."""
 
+import math
+
 import matplotlib
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from datasets.em_labels import CLASSES
+from datasets.em_labels import CLASSES, IGNORE
 from utils.overlay import CAPTION_HEIGHT, GAP, grey, panel_factor, row, stack
 
 CLASS_COLOURS = ((0, 0, 0), (86, 180, 233), (240, 110, 20), (0, 190, 130), (240, 228, 66))   # RGB, as CLASSES
@@ -60,7 +62,8 @@ def orthogonal_slices(image, labels, spacing_nm):
 
     image: any numbers [D, H, W]; labels: integers [D, H, W], instances or a mask; arrays, or readers of which
     these three sections are read and nothing else.  spacing_nm: D, H, W, > 0; a nm has the same length along
-    all axes.  The section at one z stands upper left, that at one y below it, that at one x to its right.
+    all axes.  The section at one z stands upper left, that at one y below it, that at one x to its right,
+    each under its caption, in which voxels count from 0.
     Grey values run from the 0.5th to the 99.5th percentile of the sections.
     """
     images, masks = sections(image), sections(labels)
@@ -69,16 +72,23 @@ def orthogonal_slices(image, labels, spacing_nm):
     lengths = np.array(image.shape) * np.array(spacing_nm)                                 # nm
     scale = SIDE / max(lengths[0] + lengths[1], lengths[0] + lengths[2])
     depth, height, width = (max(1, round(scale * length)) for length in lengths)           # pixels
-    panels = []
-    for drawn in (False, True):
-        canvas = np.zeros((height + GAP + depth, width + GAP + depth, 3), np.uint8)
-        corners = ((0, 0, height, width), (height + GAP, 0, depth, width), (0, width + GAP, height, depth))
-        for cut, mask, (top, left, rows, columns) in zip(images, masks, corners, strict=True):
-            mask = nearest(mask, (rows, columns)) if drawn else np.zeros((rows, columns), int)
-            picture = overlay_labels(smooth(cut, (rows, columns)), mask)
-            canvas[top:top + rows, left:left + columns] = picture
-        panels.append(canvas)
-    return row(panels, [f"z, y (below) and x (right); {lengths[2] / 1000:.3g} um wide", "segmentation"])
+    sizes = (height, width), (depth, width), (height, depth)
+    z, y, x = (n // 2 for n in image.shape)
+    heads = [f"section {z} of {image.shape[0]}, {lengths[2] / 1000:.3g} um wide", "segmentation"]
+    names, font = [f"y = {y}", f"x = {x}"], ImageFont.load_default(size=14)
+    reach = {text: math.ceil(font.getlength(text)) + 8 for text in (*heads, *names)}       # no text is cut
+    right = max(width, *(reach[text] for text in (*heads, names[0]))) + GAP
+    half = right + max(depth, reach[names[1]]) + GAP
+    corners = (0, 0), (CAPTION_HEIGHT + height, 0), (0, right)
+    canvas = Image.new("RGB", (2 * half - GAP, 2 * CAPTION_HEIGHT + height + depth))
+    for number, head in enumerate(heads):
+        for cut, mask, (top, left), size, text in zip(images, masks, corners, sizes, (head, *names),
+                                                      strict=True):
+            left, mask = left + number * half, nearest(mask, size) if number else np.zeros(size, int)
+            ImageDraw.Draw(canvas).text((left + 4, top + 3), text, fill="white", font=font)
+            canvas.paste(Image.fromarray(overlay_labels(smooth(cut, size), mask)),
+                         (left, top + CAPTION_HEIGHT))
+    return np.asarray(canvas)
 
 
 def sections(volume):
@@ -96,12 +106,14 @@ def sheet(path, rows):
 
     Each row is a dict of tensors or arrays: image in [0, 1], and any of classes, instances,
     predicted_classes, predicted_instances, integers; the same keys in each row.  All are [..., H, W]; of
-    volumes the middle section is shown.  A predicted instance has the colour of the true one that it covers.
+    volumes one section is shown, see shown.  A predicted instance has the colour of the true one that it
+    covers.
     """
     names = [name for name in COLUMNS if name in rows[0]]
     strips = []
     for sample in rows:
-        maps = {name: middle(sample[name]) for name in names}
+        z = shown(sample.get("classes", sample["image"]))
+        maps = {name: planes(sample[name])[z] for name in names}
         if "instances" in maps and "predicted_instances" in maps:
             maps["predicted_instances"] = renamed(maps["predicted_instances"], maps["instances"])
         panels = [panel(maps["image"], labels, class_colours if "classes" in name else colours)
@@ -138,20 +150,29 @@ def renamed(predicted, true):
 
 def legend():
     """A line with the words of the classes in their colours, uint8 [height, width, 3]."""
+    words = [("background: no colour", "white"), *zip(CLASSES[1:], CLASS_COLOURS[1:], strict=True),
+             ("not annotated: dark", "grey")]
     font, left = ImageFont.load_default(size=14), 4
-    canvas = Image.new("RGB", (420, CAPTION_HEIGHT))
-    for word, colour in list(zip(CLASSES, CLASS_COLOURS, strict=True))[1:]:
+    canvas = Image.new("RGB", (640, CAPTION_HEIGHT))
+    for word, colour in words:
         ImageDraw.Draw(canvas).text((left, 3), word, fill=colour, font=font)
         left += round(font.getlength(word)) + 16
     return np.asarray(canvas)
 
 
-def middle(volume):
-    """The middle section [H, W] of [..., H, W], as an array."""
+def shown(classes):
+    """Which section of true classes [..., H, W] is drawn: the middle one of those with an annotated voxel.
+
+    Where a crop is deeper than its volume the rest is mirrored and not annotated: there is no truth to see.
+    """
+    annotated = np.flatnonzero((planes(classes) != IGNORE).any((1, 2)))
+    return annotated[len(annotated) // 2] if len(annotated) else len(planes(classes)) // 2
+
+
+def planes(volume):
+    """Tensor or array [..., H, W] -> array [D, H, W], D = 1 for a single section."""
     volume = array(volume)
-    while volume.ndim > 2:
-        volume = volume[len(volume) // 2]
-    return volume
+    return volume.reshape(-1, *volume.shape[-2:])
 
 
 def array(values):

@@ -19,11 +19,13 @@ def overlay(prior, current, diff, truth=None, uncertainty=None, threshold=0.05):
 
     prior, current [H, W] in [0, 1]; diff, truth [H, W] in [-1, 1]; uncertainty [H, W] >= 0, a standard
     deviation; all in the current image's frame, tensors or arrays, a leading axis of one is dropped. Where a
-    map stays below the threshold the image stays clear; the rest is tinted by its strength and outlined.
-    Returns uint8 [rows, columns, 3].
+    map stays below the threshold the image stays clear; the rest is tinted by its strength and outlined, and
+    a map without any rest is captioned as such.  Returns uint8 [rows, columns, 3].
     """
-    panels = {"prior": grey(prior), "current": grey(current),
-              "new (red), resolved (green)": tint(current, diff, threshold)}
+    legend = f"denser: new (red), less: resolved (green), > {threshold:g}"
+    if np.abs(plain(diff)).max() <= threshold:
+        legend = f"no change above {threshold:g}"
+    panels = {"prior": grey(prior), "current": grey(current), legend: tint(current, diff, threshold)}
     if truth is not None:
         panels["truth"] = tint(current, truth, threshold)
     if uncertainty is not None:

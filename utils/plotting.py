@@ -4,6 +4,7 @@ import math
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from utils.files import replacing
 
@@ -24,9 +25,13 @@ def plot_loss_curves(path, history):
 
 
 def plot_detailed_curves(path, history):
-    """One panel for each metric of ``history``, training and validation together where both exist."""
-    names = list(dict.fromkeys(key.split("/", 1)[-1] for row in history for key in row
-                               if key not in ("epoch", "step")))
+    """One panel for each metric of ``history``, training and validation together where both exist.
+
+    A metric without a finite value in any epoch, as an AUROC of one class alone, has no panel.
+    """
+    finite = [key for row in history for key, value in row.items()
+              if value is not None and math.isfinite(value)]
+    names = list(dict.fromkeys(key.split("/", 1)[-1] for key in finite if key not in ("epoch", "step")))
     columns = min(4, len(names))
     rows = math.ceil(len(names) / columns)
     figure = Figure(figsize=(3.6 * columns, 2.7 * rows), layout="constrained")
@@ -47,7 +52,7 @@ def draw_metric(axes, history, name):
             axes.plot(*zip(*points, strict=True), marker="o", markersize=3, linewidth=1.4,
                       color=COLOURS[phase], label={"train": "training", "val": "validation"}[phase])
     axes.set_xlabel("epoch")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.grid(alpha=0.3)
 
 

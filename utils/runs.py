@@ -8,7 +8,7 @@ import torch
 
 from utils.checkpoint import UNREADABLE, copy_checkpoint, load_checkpoint, newest_sound, prune_epochs
 from utils.config import UserError
-from utils.distributed import broadcast_word, is_main
+from utils.distributed import broadcast_word, is_main, rank, world_size
 from utils.files import claim
 
 
@@ -75,6 +75,17 @@ def resume_position(checkpoint, num_batches, every):
         return epoch, num_batches
     batch = batch * num_batches // checkpoint["num_batches"]
     return epoch, batch - batch % every
+
+
+def own_sums(saved, share, device):
+    """This rank's sums of the loss terms inside an epoch, out of the list of every rank's, times ``share``.
+
+    With another number of ranks each gets the mean of all.  share: of the epoch's batches that counts now.
+    """
+    saved = saved if isinstance(saved, list) else [saved]                # of an earlier version: the mean
+    own = saved[rank()] if len(saved) == world_size() else {
+        name: sum(sums[name] for sums in saved) / len(saved) for name in saved[0]}
+    return {name: share * value.to(device) for name, value in own.items()}
 
 
 def is_better(row, best, metric, mode):
