@@ -15,9 +15,9 @@ DEMOS := longitudinal brain em leaf spine
 RUNS := runs
 OUT := predictions
 SPINE_RUNS := runs/spine_demo
-# What make demo sets: fewer epochs than the presets, and folders of its own.
-SHORT := RUNS_DIR=runs/short IMG_SIZE=64 MASK_PATCH_SIZE=16 LONGITUDINAL_MIM_EPOCHS=6 JEPA_EPOCHS=6 MIL_EPOCHS=6 VISTA_EPOCHS=1 \
-	VISTA_CROPS_PER_EPOCH=80 SIMCLR_EPOCHS=2 HVIT_EPOCHS=5 SPINE_EPOCHS=1
+# What make demo sets: fewer epochs than the presets, smaller images, and folders of its own.
+SHORT := RUNS_DIR=runs/short IMG_SIZE=64 MASK_PATCH_SIZE=16 LONGITUDINAL_MIM_EPOCHS=6 JEPA_EPOCHS=6 MIL_EPOCHS=6 \
+	VISTA_EPOCHS=1 VISTA_CROPS_PER_EPOCH=190 VISTA_PATCH_SIZE=[24,48,48] SIMCLR_EPOCHS=2 HVIT_EPOCHS=5 SPINE_EPOCHS=1
 PICTURES := demo/*_overlay.png findings_demo/attention/*/*.png em_demo.h5.png leaf_classes_demo/mistakes.png \
 	leaf_classes_demo/confusion.png spine_demo/series/*/*/*sagittal*.png
 
