@@ -130,8 +130,8 @@ def start_jepa(encoder, predictor, init, remove_prefix):
     """Fill both from the run of --init; of another stage only the encoder must match."""
     matched, unmatched = load_backbone(encoder, init, remove_prefix)
     own, _ = load_backbone(predictor, init, "predictor.", minimum=0.0, prefer=("model_state_dict",))
-    distributed.say(f"--init {init}: {len(matched)} weights of the encoder matched, {len(unmatched)} not "
-                 f"{unmatched[:5]}; {len(own)} of the predictor")
+    distributed.say(f"--init {init}: {len(matched)} weights of the encoder matched, {len(unmatched)} not"
+                    f"{': ' if unmatched else ''}{', '.join(unmatched[:5])}; {len(own)} of the predictor")
 
 
 def jepa_step(model, teacher, batch):

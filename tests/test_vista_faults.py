@@ -90,7 +90,8 @@ def test_a_setting_that_makes_no_sense_is_named(setting, words, refused, volumes
 
 def test_a_patch_larger_than_the_volume_is_padded(train_vista, script, untrained, volumes, tmp_path):
     """By reflection, without labels there; inference does the same and writes the volume's own shape."""
-    train_vista("large", "VISTA_PATCH_SIZE=[64, 64, 64]", "VISTA_VAL_CROPS=1", words=["--fast-dev-run"])
+    train_vista("large", "VISTA_PATCH_SIZE=[64, 64, 64]", "VISTA_BATCH_SIZE=1", "VISTA_VAL_CROPS=1",
+                words=["--fast-dev-run"])
     script("infer_vista3d", "--checkpoint", untrained, "--input", volumes / "snemi3d" / "toy_inputs.h5",
            "--output", tmp_path / "out.h5", "--patch-size", 64, 64, 64)
     with h5py.File(tmp_path / "out.h5") as file:
