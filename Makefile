@@ -14,10 +14,11 @@ SETUP := .venv/installed
 DEMOS := longitudinal brain em leaf spine
 RUNS := runs
 OUT := predictions
+BASELINE := --baseline
 SPINE_RUNS := runs/spine_demo
 # What make demo sets: fewer epochs than the presets, smaller images, and folders of its own.
 SHORT := RUNS_DIR=runs/short IMG_SIZE=64 MASK_PATCH_SIZE=16 LONGITUDINAL_MIM_EPOCHS=4 JEPA_EPOCHS=5 MIL_EPOCHS=5 \
-	VISTA_EPOCHS=1 VISTA_CROPS_PER_EPOCH=190 VISTA_PATCH_SIZE=[24,48,48] SIMCLR_EPOCHS=2 HVIT_EPOCHS=5 SPINE_EPOCHS=1
+	VISTA_EPOCHS=1 VISTA_CROPS_PER_EPOCH=160 VISTA_PATCH_SIZE=[24,48,48] SIMCLR_EPOCHS=2 HVIT_EPOCHS=4 SPINE_EPOCHS=1
 PICTURES := demo/*_overlay.png findings_demo/attention/*/*.png em_demo.h5.png leaf_classes_demo/mistakes.png \
 	leaf_classes_demo/confusion.png spine_demo/series/*/*/*sagittal*.png
 
@@ -26,7 +27,7 @@ PICTURES := demo/*_overlay.png findings_demo/attention/*/*.png em_demo.h5.png le
 demo: setup
 	@set -e; for name in $(DEMOS); do echo "== demo-$$name, one of $(words $(DEMOS)): $(DEMOS)"; \
 		$(MAKE) --no-print-directory demo-$$name RUNS=runs/short OUT=predictions/short \
-		SPINE_RUNS=runs/short SET="--set $(SHORT)" MASKS=SPINE_EPOCHS=2; done
+		SPINE_RUNS=runs/short BASELINE= SET="--set $(SHORT)" MASKS=SPINE_EPOCHS=2; done
 	@echo "Pictures, and more beside them:"
 	@for place in $(PICTURES); do ls predictions/short/$$place | head -n 2; done
 	@ls runs/short/*/loss_curves.png
@@ -35,7 +36,7 @@ demo-longitudinal: setup
 	$(BIN)/python prepare_data.py demo longitudinal
 	$(BIN)/python longitudinal_MIM_training.py -p demo -n demo -c auto $(SET)
 	$(BIN)/python infer_longitudinal.py --checkpoint $(RUNS)/demo/longitudinal_mim_best.pt \
-		--data data/demo/longitudinal/pairs --split test --baseline --output $(OUT)/demo
+		--data data/demo/longitudinal/pairs --split test $(BASELINE) --output $(OUT)/demo
 
 demo-brain: setup
 	$(BIN)/python prepare_data.py demo studies
