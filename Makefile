@@ -16,7 +16,9 @@ RUNS := runs
 OUT := predictions
 BASELINE := --baseline
 SPINE_RUNS := runs/spine_demo
-# What make demo sets: fewer epochs than the presets, smaller images, and folders of its own.
+STAGES := anatomy location_view sequence cord
+PAINTED := painted_lesions
+# What make demo sets: fewer epochs than the presets, smaller images, fewer stages, and folders of its own.
 SHORT := RUNS_DIR=runs/short IMG_SIZE=64 MASK_PATCH_SIZE=16 LONGITUDINAL_MIM_EPOCHS=4 JEPA_EPOCHS=5 MIL_EPOCHS=5 \
 	VISTA_EPOCHS=1 VISTA_CROPS_PER_EPOCH=160 VISTA_PATCH_SIZE=[24,48,48] SIMCLR_EPOCHS=2 HVIT_EPOCHS=4 SPINE_EPOCHS=1
 PICTURES := demo/*_overlay.png findings_demo/attention/*/*.png em_demo.h5.png leaf_classes_demo/mistakes.png \
@@ -27,7 +29,7 @@ PICTURES := demo/*_overlay.png findings_demo/attention/*/*.png em_demo.h5.png le
 demo: setup
 	@set -e; for name in $(DEMOS); do echo "== demo-$$name, one of $(words $(DEMOS)): $(DEMOS)"; \
 		$(MAKE) --no-print-directory demo-$$name RUNS=runs/short OUT=predictions/short \
-		SPINE_RUNS=runs/short BASELINE= SET="--set $(SHORT)" MASKS=SPINE_EPOCHS=2; done
+		SPINE_RUNS=runs/short STAGES="location_view cord" PAINTED= BASELINE= SET="--set $(SHORT)" MASKS=SPINE_EPOCHS=2; done
 	@echo "Pictures, and more beside them:"
 	@for place in $(PICTURES); do ls predictions/short/$$place | head -n 2; done
 	@ls runs/short/*/loss_curves.png
@@ -62,15 +64,16 @@ demo-leaf: setup
 # The runs are named after the stages of the cascade, so that their folder is what --weights asks for.
 demo-spine: setup
 	$(BIN)/python prepare_data.py demo spine
-	set -e; for stage in anatomy location_view sequence cord; do \
+	set -e; for stage in $(STAGES); do \
 		$(BIN)/python train_finetune.py --task classify -p spine_demo -n $$stage -c auto \
 			$(or $(SET),--set) SPINE_DEMO_TABLE=$$stage; done
 	$(BIN)/python train_finetune.py --task segment -p spine_demo_masks -n cord_mask -c auto $(SET) $(MASKS)
-	$(BIN)/python train_finetune.py --task segment -p spine_demo_masks -n painted_lesions -c auto \
-		--init $(SPINE_RUNS)/cord_mask/segment_best.pt \
-		$(or $(SET),--set) $(MASKS) SPINE_LESIONS=1.0 SPINE_LESIONS_IN_VALIDATION=True
+	set -e; for stage in $(PAINTED); do \
+		$(BIN)/python train_finetune.py --task segment -p spine_demo_masks -n $$stage -c auto \
+			--init $(SPINE_RUNS)/cord_mask/segment_best.pt \
+			$(or $(SET),--set) $(MASKS) SPINE_LESIONS=1.0 SPINE_LESIONS_IN_VALIDATION=True; done
 	$(BIN)/python train_finetune.py --task segment -p spine_demo_lesions -n lesion_mask -c auto \
-		--init $(SPINE_RUNS)/painted_lesions/segment_best.pt $(SET) $(MASKS)
+		--init $(SPINE_RUNS)/$(or $(PAINTED),cord_mask)/segment_best.pt $(SET) $(MASKS)
 	$(BIN)/python infer_cascade.py --input data/demo/spine --split test --weights $(SPINE_RUNS) \
 		--keep "location_view=*" --output $(OUT)/spine_demo
 
