@@ -376,7 +376,6 @@ def test_a_jepa_run_starts_microscopy_whose_run_is_inferred_and_starts_studies(
     assert f"--init {mil}: {size} weights of the encoder matched, 0 not" in capsys.readouterr().out
 
 
-@pytest.mark.usefixtures("narrow_xray")
 def test_a_simclr_run_starts_slices_and_xrays(train_photo, train_spine, train, monkeypatch, capsys):
     """A ResNet's run starts a U-Net of slices, an EfficientNet's the X-rays' encoder; another is refused."""
     monkeypatch.setattr(torchvision.models, "resnet18", lambda weights=None, num_classes=1: narrow_resnet())
