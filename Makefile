@@ -1,4 +1,4 @@
-# make demo   all five systems in short, one after the other, and where their pictures are
+# make demo   all five systems in short, one after the other, and where their pictures are; about 8 minutes
 # make demo-longitudinal   chest X-rays: trains, shows what changed in held-out pairs, measures; about 5 minutes
 # make demo-brain   brain studies: pretrains, classifies, judges; about 3 minutes
 # make demo-em   electron microscopy: trains, segments a volume never seen; about 4 minutes
