@@ -31,6 +31,7 @@ from utils.distributed import barrier, is_main, rank, say, world_size
 from utils.interrupts import leave_to_parent
 from utils.optim import build_optimizer, parameter_groups
 from utils.schedules import build_scheduler
+from utils.tables import first_of
 
 
 def build_loader(dataset, groups, batch_size, shuffle, collate):
@@ -91,7 +92,7 @@ def start_from(model, init, remove_prefix, optional=(), part=None):
         return say("No --init: the network starts from random weights")
     matched, unmatched = load_part(model, part or model, init, remove_prefix, optional)
     say(f"--init {init}: {len(matched)} weights of the backbone matched, {len(unmatched)} not"
-        f"{': ' if unmatched else ''}{', '.join(unmatched[:5])}")
+        f"{first_of(unmatched)}")
 
 
 def data_path(data, make, below):
@@ -105,7 +106,7 @@ def data_path(data, make, below):
 def say_filled(constant, path, matched, unmatched):
     """Say what the file that a constant names has filled."""
     say(f"{constant} {path}: {len(matched)} weights matched; of the file {len(unmatched)} have no use here"
-        f"{': ' if unmatched else ''}{', '.join(unmatched[:5])}")
+        f"{first_of(unmatched)}")
 
 
 # -------------------------------------------------------------- brain studies

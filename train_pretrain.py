@@ -52,6 +52,7 @@ from utils.photo_sheet import photo_sheet, view_rows
 from utils.runs import best_row, check_finite, keep_checkpoint, open_run, own_sums, resume_position
 from utils.schedules import accumulation_group, go_to_step, teacher_momentum
 from utils.study_probe import probe_studies
+from utils.tables import first_of
 
 
 @dataclass
@@ -131,7 +132,7 @@ def start_jepa(encoder, predictor, init, remove_prefix):
     matched, unmatched = load_backbone(encoder, init, remove_prefix)
     own, _ = load_backbone(predictor, init, "predictor.", minimum=0.0, prefer=("model_state_dict",))
     distributed.say(f"--init {init}: {len(matched)} weights of the encoder matched, {len(unmatched)} not"
-                    f"{': ' if unmatched else ''}{', '.join(unmatched[:5])}; {len(own)} of the predictor")
+                    f"{first_of(unmatched)}; {len(own)} of the predictor")
 
 
 def jepa_step(model, teacher, batch):

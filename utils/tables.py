@@ -7,6 +7,11 @@ from utils.files import replacing
 from utils.intervals import Interval
 
 
+def first_of(names):
+    """``: a, b`` for a message, five of the names at most; nothing where there are none."""
+    return f"{': ' if names else ''}{', '.join(names[:5])}"
+
+
 def text_table(rows, meanings, digits=3):
     """Aligned text: a line per figure with its meaning, a column per name.
 
