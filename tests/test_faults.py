@@ -1,5 +1,6 @@
 """Hard knocks: damaged files, mistaken users."""
 
+import multiprocessing
 import os
 import pickle
 
@@ -68,12 +69,13 @@ def write_split(folder):
 @pytest.mark.parametrize("fault", [truncated, volume, other_size, not_a_number, missing, empty])
 @pytest.mark.parametrize("workers", [0, 1])
 def test_bad_training_data_ends_in_one_line(fault, workers, refused, tmp_path):
-    """The file is named, whether it is read in the main process or in a data-loading one."""
+    """The file is named, whether it is read in the main process or in a data-loading one, which ends too."""
     root, csv = write_split(tmp_path)
     fault(root)
     line = refused("longitudinal_MIM_training", "-n", "a", "--data", root, "--set", *SMALL,
                    f"RUNS_DIR={tmp_path}", f"NUM_WORKERS={workers}", f"SPLIT_CSV={csv}")
     assert str(root) in line and (fault is empty or "p00_a" in line)
+    assert multiprocessing.active_children() == []
 
 
 def test_bad_cases_are_skipped_and_counted_when_asked(script, tmp_path, capsys):

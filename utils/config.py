@@ -9,6 +9,7 @@ import os
 import platform
 import subprocess
 import sys
+import traceback
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -22,7 +23,6 @@ LEAST = {"SAVE_EVERY_EPOCHS": 0, "FREEZE_EPOCHS": 0, "_EPOCHS": 1, "BATCH_SIZE":
          "VAL_EVERY": 1, "VAL_CROPS": 1, "CROPS_PER_EPOCH": 1}
 PEAK_RATES = ("MAX_LR", "JEPA_LR", "MIL_LR", "GAN_LR", "VISTA_LR", "SIMCLR_LR", "HVIT_LR", "SPINE_LR",
               "LAYER_DECAY")
-
 
 # Of a disk that is full, or that may not be written to.
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
@@ -38,7 +38,7 @@ class BadFile(UserError):
 
 def run_script(main):
     """Call ``main`` and end the process with its exit code."""
-    sys.exit(exit_code(main))      # out here no exception keeps the data loaders' processes alive
+    sys.exit(exit_code(main))
 
 
 def exit_code(main):
@@ -49,24 +49,32 @@ def exit_code(main):
     """
     try:
         main()
-    except UserError as error:
+    except BaseException as error:
+        # Its frames hold on to data-loading processes, which Python would wait for at its end.
+        traceback.clear_frames(error.__traceback__)
+        if isinstance(error, SystemExit):
+            return error.code
+        code, line = ending(error)
+        if code is None:
+            raise
+        print(line, file=sys.stderr, flush=True)
+        return code
+    return 0
+
+
+def ending(error):
+    """(exit code, line) of an error that a user is told in one line; (None, None) for others."""
+    if isinstance(error, UserError):
         line = str(error).strip().splitlines()[-1]
         for kind in (UserError, BadFile):
             line = line.removeprefix(f"{kind.__module__}.{kind.__name__}: ")
-        print(f"error: {line}", file=sys.stderr, flush=True)
-        return 2
-    except OSError as error:                         # of tables and pictures, whose writers do not say it
-        if error.errno not in UNWRITABLE:
-            raise
-        print(f"error: {error.filename or 'a file'}: cannot be written ({error.strerror}); free space or use "
-              "another folder", file=sys.stderr, flush=True)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr, flush=True)
-        return 130
-    except SystemExit as stopped:
-        return stopped.code
-    return 0
+        return 2, f"error: {line}"
+    if isinstance(error, OSError) and error.errno in UNWRITABLE:         # of tables and pictures
+        path = error.filename or "a file"
+        return 2, f"error: {path}: cannot be written ({error.strerror}); free space or use another folder"
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "interrupted"
+    return None, None
 
 
 def training_parser(doc):
