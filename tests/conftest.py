@@ -21,6 +21,8 @@ from datasets.demo_em import write_em_demo
 from prepare_data import cache_settings
 from utils.config import exit_code
 
+torch.set_num_threads(1)          # as in the processes of forks.py: the same results on any machine
+
 # A network of a few million weights on images of 64 pixels: an epoch takes a second or two.
 SMALL = ["EFFICIENTNET=b0", "VIT=tiny", "IMG_SIZE=64", "MASK_PATCH_SIZE=32", "BATCH_SIZE=2",
          "UPDATE_EVERY_BATCHES=2", "LONGITUDINAL_MIM_EPOCHS=2", "NUM_WORKERS=0", "TRACKERS=[]",

@@ -1,10 +1,4 @@
-"""What every rank does in test_distributed.py; started by torchrun, never collected by pytest.
-
-    torchrun --nproc_per_node=2 tests/distributed_worker.py FOLDER
-"""
-
-import sys
-from pathlib import Path
+"""What every rank does in test_distributed.py."""
 
 import torch
 import torch.nn as nn
@@ -156,8 +150,8 @@ def teacher_of(strategy):
     return states.model_state(teacher)
 
 
-def main():
-    folder = Path(sys.argv[1])
+def run(folder):
+    """All of it, into a folder that holds the checkpoint of one process."""
     distributed.setup_distributed()
     rank = distributed.rank()
     for strategy in distributed.STRATEGIES:
@@ -183,7 +177,3 @@ def main():
                     total=distributed.all_reduce_sum(torch.tensor(1.0 + rank)),
                     mean=distributed.all_reduce_mean(torch.tensor(1.0 + rank)))
     distributed.cleanup()
-
-
-if __name__ == "__main__":
-    main()

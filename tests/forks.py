@@ -7,8 +7,10 @@ import signal
 import sys
 import time
 import traceback
+from functools import partial
 
 import torch
+import torch.distributed as dist
 
 from utils.config import exit_code
 
@@ -87,6 +89,30 @@ class Fork:
             self.code = os.waitstatus_to_exitcode(os.waitpid(self.number, 0)[1])
             return self.code == -signal.SIGKILL
         return False
+
+
+def two_ranks(call, seconds=300):
+    """All that two processes print that call ``call`` as ranks of one group, as torchrun's are.
+
+    They find torchrun's variables and store.  When one fails, or both take longer, so do both and the test.
+    """
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+    def become(number):
+        os.environ.update(RANK=str(number), LOCAL_RANK=str(number), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
+                          MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store.port), CUDA_VISIBLE_DEVICES="",
+                          TORCHELASTIC_USE_AGENT_STORE="True")
+
+    ranks, deadline = [Fork(call, partial(become, number)) for number in (0, 1)], time.monotonic() + seconds
+    while {rank.poll() for rank in ranks} in ({None}, {None, 0}) and time.monotonic() < deadline:
+        for rank in ranks:
+            rank.read()                              # so that it never waits for room in the pipe
+        time.sleep(0.005)
+    for rank in ranks:
+        rank.kill()
+    printed = "".join(rank.text for rank in ranks)
+    assert [rank.code for rank in ranks] == [0, 0], printed
+    return printed
 
 
 def full_disk(size):

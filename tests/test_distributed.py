@@ -1,15 +1,13 @@
-"""Two real processes under torchrun: equal ranks, and checkpoints that fit every strategy."""
+"""Two processes as under torchrun: equal ranks, and checkpoints that fit every strategy."""
 
 import copy
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import distributed_worker as worker
 import pytest
 import torch
 import torch.nn as nn
+from forks import two_ranks
 
 from utils import distributed, states
 from utils.checkpoint import load_checkpoint, save_checkpoint
@@ -22,17 +20,13 @@ STRATEGIES = distributed.STRATEGIES
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Checkpoints of one process and, from a single torchrun, of two processes under every strategy."""
-    folder = tmp_path_factory.mktemp("torchrun")
+    """Checkpoints of one process and of two processes under every strategy."""
+    folder = tmp_path_factory.mktemp("ranks")
     model, optimizer, ema = worker.build("ddp")
     for step in range(worker.STEPS):
         worker.train_step(model, optimizer, ema, step, ranks=[0, 1])
     save_checkpoint(folder / "adamw_one_rank0.pt", kind="test", **worker.whole_state(model, optimizer, ema))
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS.parent), "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-               str(TESTS / "distributed_worker.py"), str(folder)]
-    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stdout + result.stderr
+    two_ranks(lambda: worker.run(folder))
     return folder
 
 

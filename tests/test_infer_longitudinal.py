@@ -1,15 +1,12 @@
 """The inference script as a user runs it: files of every kind in, maps, pictures and tables out."""
 
 import csv
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import SMALL, write_case
+from forks import two_ranks
 from PIL import Image
 from scipy import ndimage
 
@@ -255,15 +252,10 @@ def test_mistakes_end_in_one_message(infer, tmp_path, few):
 
 
 def test_ranks_share_the_cases_and_merge_their_tables(infer, checkpoint, few, tmp_path):
-    """Two processes under torchrun write what one writes."""
+    """Two processes as under torchrun write what one writes."""
     one = infer("--data", few, "--batch-size", 1)
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-             "infer_longitudinal.py", "--checkpoint", checkpoint, "--data", few, "--output", tmp_path / "two",
-             "--batch-size", 1]
-    run = subprocess.run([*map(str, words)], capture_output=True, text=True, cwd=Path(C.__file__).parent,
-                         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.count("4 cases with known map") == 1
+    printed = two_ranks(lambda: infer("--data", few, "--batch-size", 1, output="two"))
+    assert printed.count("4 cases with known map") == 1
     assert {path.name for path in one.iterdir()} == {path.name for path in (tmp_path / "two").iterdir()}
     for name, key in (("metrics.csv", "dice"), ("changes.csv", "mean")):
         first, second = ([(row["case"], float(row[key])) for row in rows_of(folder / name)]

@@ -7,9 +7,9 @@ import tracemalloc
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from forks import two_ranks
 
+from utils import distributed
 from utils.instance_metrics import Contingency, SemanticMetrics
 
 SHAPE = (6, 40, 40)
@@ -276,20 +276,19 @@ def test_classes_out_of_range_are_refused(pred, true, message):
         semantic(np.array(pred), np.array(true), classes=5)
 
 
-def reduce_on_a_rank(rank, address, queue):
-    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+def reduce_on_a_rank(expected):
+    distributed.setup_distributed()
+    share = slice(2, 6) if distributed.rank() else slice(0, 2)
     pred, true = volumes()
     metrics = SemanticMetrics(20)
-    metrics.update(pred[rank * 2:2 + rank * 4], true[rank * 2:2 + rank * 4])
+    metrics.update(pred[share], true[share])
     metrics.reduce()
-    queue.put(metrics.confusion.tolist())
-    dist.destroy_process_group()
+    assert distributed.world_size() == 2 and metrics.confusion.tolist() == expected
+    distributed.cleanup()
 
 
-def test_ranks_with_uneven_shares_add_exactly(tmp_path):
+def test_ranks_with_uneven_shares_add_exactly():
     """A mean of the ranks' means would depend on who saw what."""
-    queue = mp.get_context("spawn").SimpleQueue()
-    mp.spawn(reduce_on_a_rank, (f"file://{tmp_path}/store", queue), nprocs=2)
     metrics = SemanticMetrics(20)
     metrics.update(*volumes())
-    assert queue.get() == queue.get() == metrics.confusion.tolist()
+    two_ranks(lambda: reduce_on_a_rank(metrics.confusion.tolist()))

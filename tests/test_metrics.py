@@ -5,10 +5,10 @@ import math
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from forks import two_ranks
 from scipy import ndimage
 
+from utils import distributed
 from utils.metrics import ChangeMetrics, component_overlap, list_changes
 
 
@@ -150,22 +150,18 @@ def test_shapes_that_differ_are_refused():
         ChangeMetrics().update(torch.zeros(2, 1, 16, 16), torch.zeros(1, 1, 16, 16))
 
 
-def reduce_on_rank(rank, file, results):
+def reduce_on_a_rank(expected):
     """Rank 0 holds one pair, rank 1 four."""
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+    distributed.setup_distributed()
     metrics = ChangeMetrics()
-    part = slice(0, 1) if rank == 0 else slice(1, 5)
+    part = slice(1, 5) if distributed.rank() else slice(0, 1)
     metrics.update(smooth_maps(5, seed=8)[part], smooth_maps(5, seed=9)[part])
     metrics.reduce()
-    results[rank] = metrics.compute()
-    dist.destroy_process_group()
+    assert distributed.world_size() == 2 and metrics.compute() == pytest.approx(expected, nan_ok=True)
+    distributed.cleanup()
 
 
-def test_ranks_with_unevenly_many_pairs_agree_with_one_process(tmp_path):
+def test_ranks_with_unevenly_many_pairs_agree_with_one_process():
     """A mean of the ranks' means would be wrong here."""
-    with mp.Manager() as manager:
-        results = manager.dict()
-        mp.spawn(reduce_on_rank, args=(tmp_path / "store", results), nprocs=2)
-        expected = measure(smooth_maps(5, seed=8), smooth_maps(5, seed=9))
-        assert results[0] == pytest.approx(expected, nan_ok=True)
-        assert results[1] == pytest.approx(expected, nan_ok=True)
+    expected = measure(smooth_maps(5, seed=8), smooth_maps(5, seed=9))
+    two_ranks(lambda: reduce_on_a_rank(expected))

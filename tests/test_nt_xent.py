@@ -1,17 +1,10 @@
-"""SimCLR's loss against its definition, a peer, and itself over two ranks.
-
-Under torchrun this file is the program of each rank: torchrun --nproc_per_node=2 tests/test_nt_xent.py FOLDER
-"""
-
-import os
-import subprocess
-import sys
-from pathlib import Path
+"""SimCLR's loss against its definition, a peer, and itself over two ranks."""
 
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from forks import two_ranks
 from lightly.loss import NTXentLoss
 
 from losses.nt_xent import nt_xent_loss
@@ -153,14 +146,9 @@ def run_rank(folder):
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    """Results of both ranks, from a single torchrun."""
+    """Results of both ranks."""
     folder = tmp_path_factory.mktemp("ranks")
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent),
-           "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__]
-    result = subprocess.run([*command, str(folder)], env=env, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert "deprecated" not in result.stderr
+    assert "deprecated" not in two_ranks(lambda: run_rank(folder))
     return [torch.load(folder / f"rank{rank}.pt") for rank in (0, 1)]
 
 
@@ -186,7 +174,3 @@ def test_the_loss_of_validation_is_that_of_all_images(ranks):
     """Without gradient too, an anchor's negatives come from both ranks."""
     torch.testing.assert_close(sum(rank["validation"] for rank in ranks) / 2,
                                nt_xent_loss(*views(8), 0.1).detach())
-
-
-if __name__ == "__main__":
-    run_rank(Path(sys.argv[1]))

@@ -5,16 +5,13 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL_PHOTO
+from forks import two_ranks
 from test_scripts import states_differ
 
-import models.hvit
 import train_finetune
 import train_pretrain
 from models.photo import build_photo_model
@@ -292,17 +289,10 @@ def test_the_best_pretrained_network_is_that_of_the_best_probe(no_curves, train_
 
 
 @pytest.mark.parametrize("kind, strategy", [("simclr", "ddp"), ("hvit", "fsdp")])
-def test_two_ranks_train_and_one_process_goes_on(kind, strategy, train_photo, photos, tmp_path, monkeypatch):
-    """The scripts under torchrun; the checkpoint is nobody's in particular."""
-    monkeypatch.setitem(models.hvit.WIDTHS, "tiny", 48)                 # as it is in the other processes
-    name, option = ("train_pretrain.py", "--method") if kind == "simclr" else ("train_finetune.py", "--task")
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", name,
-             option, kind, "-n", "shared", "--data", photos, "--set", *SMALL_PHOTO,
-             f"RUNS_DIR={tmp_path / 'runs'}", f"STRATEGY={strategy}", f"{kind.upper()}_EPOCHS=1",
-             "HVIT_FREEZE_EPOCHS=1"]
-    done = subprocess.run([str(word) for word in words], capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("Epoch 1 Complete") == 1
+def test_two_ranks_train_and_one_process_goes_on(kind, strategy, train_photo):
+    """The scripts as under torchrun; the checkpoint is nobody's in particular."""
+    settings = [f"STRATEGY={strategy}", f"{kind.upper()}_EPOCHS=1", "HVIT_FREEZE_EPOCHS=1"]
+    printed = two_ranks(lambda: train_photo(kind, "shared", *settings))
+    assert printed.count("Epoch 1 Complete") == 1
     run = train_photo(kind, "shared", words=["-c", "auto"])
     assert torch.load(run / f"{kind}_last.pt", weights_only=True)["epoch"] == 2

@@ -4,12 +4,10 @@ import csv
 import json
 import os
 import signal
-import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import SMALL
+from forks import two_ranks
 
 import constants as C
 import longitudinal_MIM_training as script_module
@@ -19,11 +17,7 @@ from utils.config import UserError
 LAST = "longitudinal_mim_last.pt"
 
 
-@pytest.fixture(autouse=True)
-def narrow(request):
-    """A narrow network where the script runs in this process; torchrun's know nothing of it."""
-    if "two_ranks" not in request.node.name:
-        request.getfixturevalue("narrow_xray")
+pytestmark = pytest.mark.usefixtures("narrow_xray")
 
 
 def states_differ(first, second):
@@ -206,17 +200,12 @@ def test_gan_state_is_saved_and_resumed(train):
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_two_ranks_train_and_one_process_goes_on(strategy, train, pairs, tmp_path):
-    """The script under torchrun, generator and discriminator; its checkpoint is nobody's in particular."""
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-             "longitudinal_MIM_training.py", "-n", "shared", "--data", pairs, "--set", *SMALL,
-             f"RUNS_DIR={tmp_path / 'runs'}", f"STRATEGY={strategy}", "USE_GAN=True", "GAN_START_EPOCH=1",
-             "LONGITUDINAL_MIM_EPOCHS=1"]
-    done = subprocess.run([str(word) for word in words], capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("Epoch 1 Complete") == 1
-    run = train("shared", "USE_GAN=True", "GAN_START_EPOCH=1", words=["-c", "auto"])
+def test_two_ranks_train_and_one_process_goes_on(strategy, train):
+    """Generator and discriminator, as under torchrun; their checkpoint is nobody's in particular."""
+    gan = ["USE_GAN=True", "GAN_START_EPOCH=1"]
+    printed = two_ranks(lambda: train("shared", *gan, f"STRATEGY={strategy}", "LONGITUDINAL_MIM_EPOCHS=1"))
+    assert printed.count("Epoch 1 Complete") == 1
+    run = train("shared", *gan, words=["-c", "auto"])
     checkpoint = torch.load(run / LAST, weights_only=True)
     params = json.loads((run / "training_params.json").read_text())
     assert checkpoint["epoch"] == 2 and params["world_size"] == 1

@@ -5,12 +5,11 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 
 import pytest
 import torch
 from conftest import SMALL_SPINE
+from forks import two_ranks
 from test_scripts import states_differ
 
 import builders
@@ -386,16 +385,10 @@ def test_a_bad_file_stops_training_or_is_skipped_and_evaluation_leaves_it_out(
 
 
 @pytest.mark.parametrize("kind, strategy", [("multitask", "ddp"), ("segment", "fsdp")])
-def test_two_ranks_train_and_one_process_goes_on(kind, strategy, train_spine, spine, tmp_path):
-    """The script under torchrun; the checkpoint is nobody's in particular, and evaluation is shared."""
-    settings = ["SPINE_ENCODER=plain", "SPINE_DEPTH=2"]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    words = [*launch, "train_finetune.py", "--task", kind, "-n", "shared", "--data", spine / "cord_masks.csv",
-             "--set", *SMALL_SPINE, f"RUNS_DIR={tmp_path / 'runs'}", f"STRATEGY={strategy}", "SPINE_EPOCHS=1",
-             *settings]
-    done = subprocess.run([str(word) for word in words], capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("Epoch 1 Complete") == 1
+def test_two_ranks_train_and_one_process_goes_on(kind, strategy, train_spine):
+    """The script as under torchrun; the checkpoint is nobody's in particular, and evaluation is shared."""
+    settings = ["SPINE_ENCODER=plain", "SPINE_DEPTH=2", f"STRATEGY={strategy}"]
+    printed = two_ranks(lambda: train_spine(kind, "shared", *settings, "SPINE_EPOCHS=1"))
+    assert printed.count("Epoch 1 Complete") == 1
     run = train_spine(kind, "shared", *settings, words=["-c", "auto"])
     assert torch.load(run / f"{kind}_last.pt", weights_only=True)["epoch"] == 2

@@ -1,14 +1,13 @@
 """Hard knocks for electron microscopy: damaged and mistaken volumes, labels, settings, and a full disk."""
 
-import os
 import shutil
-import subprocess
 import sys
 
 import h5py
 import numpy as np
 import pytest
 from conftest import SMALL_VISTA, bricks
+from forks import Fork, full_disk
 
 from models.vista import Vista
 from utils.checkpoint import save_checkpoint
@@ -131,21 +130,16 @@ def test_parts_of_another_run_are_never_mixed_in(script, refused, untrained, vol
 
 
 @pytest.mark.parametrize("limit", [2_000, 60_000])
-def test_a_full_disk_leaves_nothing_that_looks_finished(limit, untrained, volumes, tmp_path):
+def test_a_full_disk_leaves_nothing_that_looks_finished(limit, script, untrained, volumes, tmp_path):
     """While parts are written, and while the output is: exit code 2, one line, and a rerun ends the work."""
-    words = [sys.executable, "infer_vista3d.py", "--checkpoint", untrained, "--output", tmp_path / "out.h5",
-             "--input", volumes / "snemi3d" / "toy_inputs.h5", "--output-probs"]
-    code = (f"import resource, runpy, sys; sys.argv = {list(map(str, words[1:]))}; "
-            f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, resource.RLIM_INFINITY)); "
-            "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
-            "runpy.run_path('infer_vista3d.py', run_name='__main__')")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
-    assert done.returncode == 2 and len(errors) == 1 and "Traceback" not in done.stderr, done.stderr
+    def infer():
+        script("infer_vista3d", "--checkpoint", untrained, "--output", tmp_path / "out.h5",
+               "--input", volumes / "snemi3d" / "toy_inputs.h5", "--output-probs")
+
+    process = Fork(infer, prepare=lambda: full_disk(limit))
+    assert process.end() == 2 and len(process.errors) == 1, process.text
     assert not (tmp_path / "out.h5").exists()
-    done = subprocess.run([str(word) for word in words], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    infer()
     with h5py.File(tmp_path / "out.h5") as file:
         assert file["segmentation"].shape == (5, 40, 48, 52)
     shutil.rmtree(tmp_path / "snemi3d", ignore_errors=True)

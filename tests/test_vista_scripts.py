@@ -4,7 +4,6 @@ import csv
 import json
 import os
 import signal
-import subprocess
 import sys
 from dataclasses import replace
 
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import SMALL_VISTA, bricks
+from forks import Fork, two_ranks
 from monai.networks.nets import SegResNet
 from skimage.metrics import adapted_rand_error
 from test_scripts import states_differ
@@ -55,13 +55,12 @@ def infer(script, volumes, tmp_path):
 def learnt(tmp_path_factory, volumes):
     """The folder of a run that has seen the bricks some dozen times."""
     root = tmp_path_factory.mktemp("learnt")
-    words = [sys.executable, "train_vista3d.py", "-n", "learnt", "--data", volumes, "--set", *SMALL_VISTA,
+    words = ["train_vista3d.py", "-n", "learnt", "--data", volumes, "--set", *SMALL_VISTA,
              f"RUNS_DIR={root}", "VISTA_EPOCHS=6", "VISTA_LR=1e-2", "VISTA_UPDATE_EVERY_BATCHES=1",
              "VISTA_CROPS_PER_EPOCH=16", "EMA_DECAY=0.9", "VISTA_VAL_EVERY=6", "VISTA_AUG_ELASTIC=0.0",
              "VISTA_AUG_DEFECTS=0.0"]
-    done = subprocess.run([str(word) for word in words], capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
+    process = Fork(train_vista3d.main, prepare=lambda: setattr(sys, "argv", [*map(str, words)]))
+    assert process.end(seconds=300) == 0, process.text
     return root / "learnt"
 
 
@@ -273,12 +272,7 @@ def test_an_interrupted_inference_goes_on_and_two_ranks_agree(mode, learnt, infe
     assert not (tmp_path / "resumed.h5").exists() and (tmp_path / "resumed.h5.parts").is_dir()
     assert np.array_equal(read(infer(checkpoint, *patch, *mode, name="resumed.h5")), whole)
     assert not (tmp_path / "resumed.h5.parts").exists()
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-             "infer_vista3d.py", "--checkpoint", checkpoint, "--output", tmp_path / "shared.h5", "--input",
-             volumes / "snemi3d" / "toy_inputs.h5", "--spacing-nm", 10, 10, 10, *patch, *mode]
-    done = subprocess.run([str(word) for word in words], capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())})
-    assert done.returncode == 0, done.stderr
+    two_ranks(lambda: infer(checkpoint, *patch, *mode, name="shared.h5"))
     assert np.array_equal(read(tmp_path / "shared.h5"), whole)
 
 
@@ -364,14 +358,9 @@ def test_weights_of_monai_and_of_other_runs_start_the_network(train_vista, tmp_p
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_two_ranks_train_and_one_process_goes_on(strategy, train_vista, volumes, tmp_path):
-    """The script under torchrun; the checkpoint is nobody's in particular."""
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-             "train_vista3d.py", "-n", "shared", "--data", volumes, "--set", *SMALL_VISTA,
-             f"RUNS_DIR={tmp_path / 'runs'}", f"STRATEGY={strategy}", "VISTA_EPOCHS=1"]
-    done = subprocess.run([str(word) for word in words], capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("Epoch 1 Complete") == 1
+def test_two_ranks_train_and_one_process_goes_on(strategy, train_vista):
+    """The script as under torchrun; the checkpoint is nobody's in particular."""
+    printed = two_ranks(lambda: train_vista("shared", f"STRATEGY={strategy}", "VISTA_EPOCHS=1"))
+    assert printed.count("Epoch 1 Complete") == 1
     run = train_vista("shared", words=["-c", "auto"])
     assert torch.load(run / f"{KIND}_last.pt", weights_only=True)["epoch"] == 2
