@@ -17,10 +17,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from pydicom.misc import is_dicom
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
-from datasets.io import image_files, one_line, write_nifti
+from datasets.dicom_files import read_dataset
+from datasets.io import DICOM_SUFFIXES, image_files, one_line, write_nifti
 from datasets.splits import read_table
 from utils.config import BadFile, UserError
 from utils.files import claim, is_taken, replacing
@@ -60,7 +62,9 @@ def name_patients(paths, data, patients):
 def patient_of(path, data):
     """The patient of a file or folder below ``data``: the first folder, or the beginning of the name."""
     parts = path.relative_to(data).parts
-    return parts[0] if len(parts) > 1 else re.split(r"[_-]", bare_name(path))[0] or bare_name(path)
+    if len(parts) > 1 or path.is_dir():
+        return parts[0]
+    return re.split(r"[_-]", bare_name(path))[0] or bare_name(path)
 
 
 def read_patients(csv_path, data):
@@ -83,11 +87,49 @@ def describe_sources(sources, data, patients=None):
         if unused:
             lines.append(f"--patients {patients}: {len(unused)} rows name no image below {data}")
         return lines
-    flat = [patient for patient, path in sources if path.parent == data]
+    flat = [patient for patient, path in sources if path.parent == data and not path.is_dir()]
     if len(flat) > 1 and len(set(flat)) > len(flat) / 2:       # rarely does a patient have one image alone
         lines.append(f"warning: by their names the {len(flat)} images directly in {data} are of "
                      f"{len(set(flat))} patients; if that is wrong, --patients CSV tells who is who")
+    return lines + header_warnings(sources)
+
+
+def header_warnings(sources):
+    """A line where DICOM headers call one patient what goes by several names, and one for the reverse.
+
+    Of (patient, path); a file or folder without a readable PatientID says nothing, nor does one ID for all,
+    which is an anonymiser's.
+    """
+    names, ids = {}, {}
+    for patient, path in sources:
+        number = patient_id(path)
+        if number:
+            names.setdefault(number, set()).add(patient)
+            ids.setdefault(patient, set()).add(number)
+    split = [sorted(each) for each in names.values() if len(each) > 1] if len(names) > 1 else []
+    mixed = sorted(patient for patient, numbers in ids.items() if len(numbers) > 1)
+    lines = []
+    if split:
+        lines.append("warning: DICOM headers say that one patient goes by several names "
+                     f"({len(split)} times), such as {one_line(', '.join(split[0]))}; "
+                     "--patients CSV keeps each on one side of a split")
+    if mixed:
+        lines.append("warning: DICOM headers say that one name holds several patients "
+                     f"({len(mixed)} times), such as {one_line(mixed[0])}; --patients CSV tells who is who")
     return lines
+
+
+def patient_id(path):
+    """PatientID in the header of a DICOM file, or of the first one of a folder; "" where there is none."""
+    if path.is_dir():
+        path = min(file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
+    if not (path.name.lower().endswith(DICOM_SUFFIXES) or is_dicom(path)):
+        return ""
+    try:
+        header = read_dataset(path, specific_tags=["PatientID"], stop_before_pixels=True)
+    except BadFile:                                  # write_cases will say so
+        return ""
+    return str(header.get("PatientID") or "")
 
 
 def bare_name(path):

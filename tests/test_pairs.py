@@ -15,6 +15,7 @@ from test_lungs import draw_chest
 from threadpoolctl import threadpool_info
 
 from datasets import pair_files, pairs
+from datasets.demo_files import dicom_image
 from datasets.io import read_image, write_nifti
 from datasets.nuisance import draw_pose, pose_grid, warp
 from datasets.pair_files import (
@@ -354,15 +355,44 @@ def test_folders_of_patients_and_names_that_repeat_are_not_warned_of(tmp_path, x
     """A warning that always comes is not read."""
     assert len(describe_sources(find_sources(xrays), xrays)) == 1
     flat = [(f"p{number // 2}", tmp_path / f"p{number // 2}_{number}.png") for number in range(6)]
+    for _, path in flat:
+        path.write_bytes(b"x")
     assert len(describe_sources(flat, tmp_path)) == 1 and len(describe_sources(flat[:1], tmp_path)) == 1
+
+
+def test_headers_that_disagree_with_names_are_told(tmp_path):
+    """A patient under two names is the leak that names cannot show; one ID for all is an anonymiser's."""
+    def write(name, number):
+        pixels = np.zeros((4, 4), np.uint16)
+        image = dicom_image(pixels, "1.2.840.10008.5.1.4.1.1.1.1", "1.2", PatientID=number)
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        image.save_as(tmp_path / name, enforce_file_format=True)
+
+    def told():
+        return describe_sources(find_sources(tmp_path), tmp_path)[1:]
+
+    ids = {"a/1.dcm": "7", "a/2": "7", "b/1.dcm": "7", "c_1/1.dcm": "8", "d/1.dcm": ""}
+    for name, number in ids.items():
+        write(name, number)
+    (tmp_path / "d" / "2.dcm").write_bytes(b"damaged")
+    (tmp_path / "d" / "3.png").write_bytes(b"x")
+    line, = told()
+    assert line.startswith("warning: ") and "several names (1 times), such as a, b;" in line
+    write("c_1/2.dcm", "9")
+    assert told()[0] == line and "several patients (1 times), such as c_1;" in told()[1]
+    assert describe_sources(find_volumes(tmp_path), tmp_path)[1:] == [line]    # of a folder the first file
+    for name in (*ids, "c_1/2.dcm"):
+        write(name, "anonymous")
+    assert told() == []
 
 
 def test_volumes_are_files_and_folders_of_slices(tmp_path):
     """A DICOM series is one source, whatever its number of files."""
-    for name in ("p1/ct.nii.gz", "p2/series/1.dcm", "p2/series/2.dcm"):
+    for name in ("p1/ct.nii.gz", "p2/series/1.dcm", "p2/series/2.dcm", "p_3/1.dcm"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"x")
-    assert find_volumes(tmp_path) == [("p1", tmp_path / "p1/ct.nii.gz"), ("p2", tmp_path / "p2/series")]
+    assert find_volumes(tmp_path) == [("p1", tmp_path / "p1/ct.nii.gz"), ("p2", tmp_path / "p2/series"),
+                                      ("p_3", tmp_path / "p_3")]
 
 
 def test_case_names_are_safe_and_never_equal(tmp_path):
