@@ -68,8 +68,7 @@ def check_args(args):
     if args.split != "all" and not args.data:
         raise UserError(f"--split {args.split}: only the cases of --data are split; leave it out")
     counts = {"--tta": args.tta, "--batch-size": args.batch_size, "--min-area": args.min_area}
-    wrong = [f"{option} {count}: must be at least 1" for option, count in counts.items()
-             if count is not None and count < 1]
+    wrong = [f"{name} {n}: must be at least 1" for name, n in counts.items() if n is not None and n < 1]
     if not 0 < args.threshold < 1:
         wrong.append(f"--threshold {args.threshold:g}: must lie between 0 and 1")
     if wrong:
@@ -159,6 +158,7 @@ def report(results, metrics, args):
     if not results["done"]:
         raise UserError(f"{'' if args.prior else 'none of the cases can be used; '}{min(results['bad'])[1]}")
     write_csv(args.output / "changes.csv", CHANGES, results["changes"])
+    (args.output / "metrics.csv").unlink(missing_ok=True)                   # an earlier run's, of other cases
     if results["measured"]:
         write_csv(args.output / "metrics.csv", ("case", *DESCRIPTIONS), results["measured"])
         rows = {"model": metrics.compute()}

@@ -94,6 +94,8 @@ def test_a_folder_gives_maps_pictures_and_tables(infer, few, capsys):
         assert 4 <= int(row["area_px"]) <= changed.sum()
         assert float(row["area_fraction"]) == pytest.approx(int(row["area_px"]) / 64 ** 2)
         assert abs(float(row["mean"])) > 0.05 and (float(row["mean"]) > 0) == (row["sign"] == "new")
+    infer("--prior", few / "p0_a" / "prior.nii.gz", "--current", few / "p0_a" / "current.nii.gz")
+    assert not (out / "metrics.csv").exists()                # of other cases than those of now
 
 
 def test_changes_are_the_components_of_the_written_map(infer, few):
