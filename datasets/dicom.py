@@ -4,6 +4,7 @@ A frame is one grey slice [H, W]: a whole file, or one of many in an enhanced mu
 directions are in mm in DICOM's own axes, to the patient's left, back and head (LPS).
 """
 
+import contextlib
 import io
 import itertools
 import math
@@ -14,11 +15,10 @@ from pathlib import Path
 import numpy as np
 import pydicom
 from pydicom.filereader import data_element_generator
-from pydicom.pixels import apply_modality_lut
 from pydicom.tag import Tag
 from pydicom.uid import UID, ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
-from datasets.dicom_files import number_of, read_dataset
+from datasets.dicom_files import LUT, has_lut, look_up, number_of, padding_of, read_dataset
 from datasets.dicom_pixels import stored_pixels
 from datasets.io import DAMAGED_DICOM, one_line
 from utils.config import BadFile
@@ -35,7 +35,7 @@ FORM = (*REQUIRED, "Modality", "ImageType", "FrameType", "SamplesPerPixel", "Pho
         "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "PixelPaddingValue", "RescaleSlope",
         "PixelPaddingRangeLimit", "RescaleIntercept", "SliceThickness", "SpacingBetweenSlices")
 FORM_TAGS = tuple(map(Tag, FORM))
-POSITION, PIXELS, LUT = Tag("ImagePositionPatient"), Tag("PixelData"), Tag("ModalityLUTSequence")
+POSITION, PIXELS = Tag("ImagePositionPatient"), Tag("PixelData")
 GROUPS = tuple(map(Tag, ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence")))
 TAGS = [*map(Tag, (*NAMES, *DIFFER, "NumberOfFrames")), *FORM_TAGS, POSITION, PIXELS, LUT, *GROUPS]
 
@@ -116,10 +116,11 @@ def read_header(path):
             head, is_implicit_VR=False, is_little_endian=True, stop_when=lambda tag, *_: tag >> 16 != 2)}
         syntax = pydicom.Dataset(meta).get("TransferSyntaxUID")
         if syntax in PLAIN:
-            header = pydicom.Dataset({element.tag: element for element in data_element_generator(
-                head, syntax == ImplicitVRLittleEndian, True, specific_tags=TAGS, defer_size=DEFER)})
-            if PIXELS in header and GROUPS[1] not in header:
-                return header, syntax, size
+            with contextlib.suppress(*DAMAGED_DICOM):                # a sequence may reach beyond HEAD
+                header = pydicom.Dataset({element.tag: element for element in data_element_generator(
+                    head, syntax == ImplicitVRLittleEndian, True, specific_tags=TAGS, defer_size=DEFER)})
+                if PIXELS in header and GROUPS[1] not in header:
+                    return header, syntax, size
     header = read_dataset(path, specific_tags=TAGS, defer_size=DEFER)
     guessed = ExplicitVRLittleEndian if header.original_encoding[1] else ExplicitVRBigEndian
     return header, header.file_meta.get("TransferSyntaxUID") or guessed, size
@@ -149,7 +150,7 @@ def frame_tags(path, header):
 
 def find_form(path, tags, forms):
     """The Form of a frame; ``forms`` remembers those parsed before by the tags' undecoded values."""
-    key = tuple(str(getattr(tags.get_item(tag), "value", None)) for tag in FORM_TAGS) + (LUT in tags,)
+    key = tuple(str(getattr(tags.get_item(tag), "value", None)) for tag in FORM_TAGS) + (has_lut(tags),)
     if key not in forms:
         forms[key] = parse_form(path, tags)
     return forms[key]
@@ -185,22 +186,9 @@ def parse_form(path, tags):
         localizer="LOCALIZER" in f"{tags.get('ImageType')} {tags.get('FrameType')}",
         geometry=(int(tags.Rows), int(tags.Columns), *axes.ravel().tolist(), *spacing.tolist()),
         thickness=max(abs(number_of(tags, name, 0)) for name in ("SliceThickness", "SpacingBetweenSlices")),
-        slope=slope, intercept=number_of(tags, "RescaleIntercept", 0), lut=LUT in tags,
+        slope=slope, intercept=number_of(tags, "RescaleIntercept", 0), lut=has_lut(tags),
         dtype=dtype, bits=bits, high_bit=high_bit, dark_is_high=photometric == "MONOCHROME1",
         padding=padding_of(tags, dtype))
-
-
-def padding_of(tags, dtype):
-    """(lowest, highest) stored number of padding (PS3.3 C.7.5.1.1.2), or None.
-
-    Some files give a negative number as unsigned or the reverse: it is taken bit by bit.
-    """
-    value = tags.get("PixelPaddingValue")
-    if value is None:
-        return None
-    limit = tags.get("PixelPaddingRangeLimit")
-    ends = np.array([int(value), int(value if limit is None else limit)]).astype(dtype)
-    return int(ends.min()), int(ends.max())
 
 
 def position_of(path, tags):
@@ -272,12 +260,12 @@ def write_real(frame, stored, out):
     """
     form, hole = frame.form, None
     if form.lut:
-        out[:] = apply_modality_lut(stored, frame.tags)
+        out[:] = look_up(frame.path, stored)
         return
     if form.modality == "CT":
         low, high = stored_limits(form)
         if form.padding is not None and form.padding[1] > low:
-            hole = (stored >= form.padding[0]) & (stored <= form.padding[1])
+            hole = padding_in(form, stored)
         np.clip(stored, low, high, out=stored)
     np.copyto(out, stored, casting="unsafe")         # what wraps round in int16 here wraps back below
     if form.slope != 1:
@@ -286,6 +274,11 @@ def write_real(frame, stored, out):
         out += out.dtype.type(form.intercept)
     if hole is not None:
         out[hole] = LOWEST_HU
+
+
+def padding_in(form, stored):
+    """Where the stored numbers [H, W] are padding: bool [H, W].  ``form`` has padding."""
+    return (stored >= form.padding[0]) & (stored <= form.padding[1])
 
 
 def stored_limits(form):

@@ -5,7 +5,7 @@ from itertools import groupby
 
 import numpy as np
 
-from datasets.dicom import DIFFER, read_frames, read_stored, real_dtype, write_real
+from datasets.dicom import DIFFER, padding_in, read_frames, read_stored, real_dtype, write_real
 from utils.config import BadFile
 
 MIN_SLICES = 4
@@ -20,7 +20,8 @@ def read_series(paths):
 
     x runs along the rows, y down the columns, z along the slices' normal.  Files may hold one slice each or
     several.  Localizers, one slice unlike the others and slices given twice are dropped; uneven gaps are
-    filled linearly.  MONOCHROME1 that is not CT is turned over, so that larger is brighter.
+    filled linearly.  MONOCHROME1 that is not CT is turned over, so that larger is brighter; padding that is
+    not in CT becomes as dark as the darkest pixel measured.
     Raises BadFile, of a file or of the folder, for fewer than MIN_SLICES slices, slices of several sizes or
     directions, several volumes at the same positions (echoes, diffusion, time), and a missing slice.
     """
@@ -116,21 +117,39 @@ def check_positions(where, frames, at):
 
 def stack(where, frames):
     """The frames' real values: int16 or float32 [slices, rows, columns]."""
-    forms = {frame.form for frame in frames}
+    forms, holes = {frame.form for frame in frames}, {}          # holes: {slice: bool [rows, columns]}
     volume = np.empty((len(frames), *frames[0].form.geometry[:2]), real_dtype(forms))
     numbered = enumerate(frames)
     for _, members in groupby(numbered, key=lambda member: member[1].path):
         places, of_one_file = zip(*members, strict=True)
         for place, frame, stored in zip(places, of_one_file, read_stored(of_one_file), strict=True):
+            if frame.form.padding is not None and frame.form.modality != "CT":
+                holes[place] = padding_in(frame.form, stored)
             write_real(frame, stored, volume[place])
     dark_is_high = {form.dark_is_high for form in forms}
     if len(dark_is_high) > 1:
         raise BadFile(f"{where}: slices of MONOCHROME1 and MONOCHROME2 in one series")
-    if dark_is_high.pop() and frames[0].form.modality != "CT":
-        low = volume.min()
-        np.subtract(volume.max(), volume, out=volume)
-        volume += low
+    turned = dark_is_high.pop()
+    if holes:
+        fill_holes(volume, holes, np.max if turned else np.min)
+    if turned and frames[0].form.modality != "CT":
+        wide = np.promote_types(volume.dtype, np.int32)          # smallest plus largest may not fit in int16
+        both = volume.min().astype(wide) + volume.max().astype(wide)
+        np.subtract(both, volume, out=volume, dtype=wide, casting="same_kind")
     return volume
+
+
+def fill_holes(volume, holes, darkest):
+    """Give pixels of ``volume`` [slices, rows, columns] without a measurement the darkest one there is.
+
+    holes: {slice: bool [rows, columns]}.  darkest: np.min, or np.max where low numbers are bright.  Without
+    any measurement the darkest number of all stands in.
+    """
+    measured = [darkest(image[~holes[place]] if place in holes else image)
+                for place, image in enumerate(volume) if place not in holes or not holes[place].all()]
+    value = darkest(measured or volume)
+    for place, hole in holes.items():
+        volume[place][hole] = value
 
 
 def even_slices(volume, at, notes):

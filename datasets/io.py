@@ -38,8 +38,8 @@ DAMAGED_NIFTI = (OSError, EOFError, ValueError, OverflowError, zlib.error, igzip
                  HeaderDataError, ImageFileError, WrapStructError)
 DAMAGED_PICTURE = (OSError, EOFError, ValueError, TypeError, SyntaxError, struct.error,
                    Image.DecompressionBombError)
-DAMAGED_DICOM = (OSError, EOFError, ValueError, TypeError, AttributeError, RuntimeError,
-                 struct.error, zlib.error, BytesLengthException, InvalidDicomError)
+DAMAGED_DICOM = (OSError, EOFError, ValueError, TypeError, AttributeError, RuntimeError, LookupError,
+                 OverflowError, struct.error, zlib.error, BytesLengthException, InvalidDicomError)
 SUFFIXES = (".nii", ".nii.gz", *PICTURE_SUFFIXES, *DICOM_SUFFIXES)
 SILENT = logging.Logger("what nibabel mends", logging.CRITICAL + 1)
 
@@ -190,7 +190,7 @@ def decode_dicom(path, data):
         pixels = stored_pixels(dataset)
         if pixels.ndim == 3:
             return pixels @ np.array([0.299, 0.587, 0.114], np.float32)        # [H, W, 3] -> [H, W]
-        pixels = pydicom.pixels.apply_modality_lut(pixels, dataset)
+        pixels = pydicom.pixels.apply_modality_lut(pixels.astype(np.int64), dataset)    # tables may be longer
         pixels = pydicom.pixels.apply_voi_lut(pixels, dataset, index=0).astype(np.float32)
         return pixels.max() + pixels.min() - pixels if photometric == "MONOCHROME1" else pixels
     except DAMAGED_DICOM as error:

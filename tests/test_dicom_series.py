@@ -9,6 +9,7 @@ from pydicom.uid import RLELossless
 from test_dicom import AXIAL, CORONAL, SAGITTAL, SPACING, make_enhanced, make_slice, write_dicom
 
 from datasets.dicom_series import read_series
+from datasets.intensity import mri_to_uint8
 from utils.config import BadFile
 
 BRAIN = Path(__file__).parents[2] / "shared" / "data" / "brain"
@@ -91,6 +92,55 @@ def test_turning_over_does_not_overflow(tmp_path):
     data, *_ = read_series(write_series(tmp_path, stored, places(at=range(4)),
                                         PhotometricInterpretation="MONOCHROME1"))
     np.testing.assert_array_equal(data.T, 32767 + 32000 - stored.astype(int))
+    stored = np.linspace(-32768, 32767, 16).astype("i2").reshape(4, 2, 2)
+    for slope in (1, 3):
+        data, *_ = read_series(write_series(tmp_path, stored, places(at=range(4)), RescaleSlope=slope,
+                                            PhotometricInterpretation="MONOCHROME1"))
+        np.testing.assert_array_equal(data.T, (-1 - stored.astype(int)) * slope)
+
+
+@pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
+@pytest.mark.parametrize("dtype, padding, limit", [
+    ("i2", -32768, None), ("i2", 32767, None), ("u2", 65535, None), ("i2", -32768, -30000), ("u2", 0, None)])
+@pytest.mark.parametrize("slope", [1, -0.5])
+def test_padding_outside_ct_is_background(tmp_path, photometric, dtype, padding, limit, slope):
+    """-32768 among 0..1499 left the tissue 12 of 256 grey levels, and was the brightest of all if turned."""
+    measured = RNG.integers(10, 1500, (8, 25, 40))
+    hidden = RNG.random(measured.shape) < 0.06
+    hidden[2] = True                                 # a slice without any measurement
+    ends = sorted((padding, padding if limit is None else limit))
+    stored = np.where(hidden, RNG.integers(ends[0], ends[1] + 1, hidden.shape), measured).astype(dtype)
+    tags = {"PixelPaddingValue": padding, "PixelPaddingRangeLimit": limit, "RescaleSlope": slope,
+            "PhotometricInterpretation": photometric}
+    data, *_ = read_series(write_series(tmp_path, stored, **tags))
+    real = measured * slope
+    low, high = real[~hidden].min(), real[~hidden].max()
+    if photometric == "MONOCHROME1":
+        real = low + high - real
+    np.testing.assert_array_equal(data.T, np.where(hidden, low, real))
+    levels = [len(np.unique(mri_to_uint8(values))) for values in (data, real[~hidden])]
+    assert levels[0] > 0.95 * levels[1] > 200
+
+
+def test_padding_of_a_lookup_table_is_background(tmp_path):
+    """It is told by stored numbers, before the table gives them another meaning."""
+    table = pydicom.Dataset()
+    table.add_new("LUTDescriptor", "US", [1000, 0, 16])
+    table.ModalityLUTType = "US"
+    table.add_new("LUTData", "US", list(range(2000, 1000, -1)))
+    stored = np.where(STORED == STORED[0, 0, 0], 950, STORED)
+    data, *_ = read_series(write_series(tmp_path, stored, PixelPaddingValue=950,
+                                        ModalityLUTSequence=[table]))
+    measured = 2000.0 - STORED
+    np.testing.assert_array_equal(data.T, np.where(stored == 950, measured[stored != 950].min(), measured))
+
+
+@pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
+def test_a_series_of_padding_alone_is_constant(tmp_path, photometric):
+    """Nothing was measured: the check of whole images refuses it, and nothing ends in a traceback."""
+    data, *_ = read_series(write_series(tmp_path, PixelPaddingValue=0, PixelPaddingRangeLimit=900,
+                                        PhotometricInterpretation=photometric))
+    assert len(np.unique(data)) == 1
 
 
 def test_an_enhanced_file_equals_the_slices(tmp_path):
