@@ -1,27 +1,23 @@
-"""Where images lie in a folder or a table, with their classes, masks and patients.
+"""Where images lie in a folder, with their classes, masks and patients.
 
     entries, notes = find_series("scans")            # every NIfTI, DICOM series and folder of pictures
-    rows, notes = read_classes(Path("scans"))        # and the other layouts: read_pairs, read_csv, ...
+    rows, notes = read_classes(Path("scans"))        # and the other layouts: read_pairs, read_patients
 """
 
 import os
 import re
-from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
 from datasets.io import PICTURE_SUFFIXES
 from datasets.photos import SPLIT_WORDS
 from datasets.slice_series import dicom_groups, files_of, left_out, natural
-from datasets.splits import read_table
 from datasets.volumes import safe_name
 from utils.config import UserError
 
 PAIRS = (("images", "masks"), ("data", "label"))     # folders of images and of their masks
 MASK_WORDS = re.compile("mask|seg|lesion|label|annot", re.IGNORECASE)
-MODALITIES = {"CT", "MR", "US"}                      # the folders of RadImageNet
 SINGLE = 1000                                        # deeper than folders are: each picture by itself
-COLUMNS = "path, label, mask, patient, split, index, axis, series"
 
 
 class Entry(NamedTuple):
@@ -207,91 +203,3 @@ def is_mask(stem, stems, word):
         if "/".join([*above, own[:place]]) in stems and (rest == word or MASK_WORDS.search(rest)):
             return True
     return re.fullmatch(rf"({MASK_WORDS.pattern}|s|ed|[_.-])+", own, re.IGNORECASE) is not None
-
-
-def read_radimagenet(data, word=""):
-    """(rows, notes) of RadImageNet as published (Mei et al. 2022, doi 10.1148/ryai.210315).
-
-    Its lists RadiologyAI_{train,val,test}.csv, columns filename and label, in ``data`` or beside it; without
-    them the folders radiology_ai/<modality>/<anatomy>/<pathology>, of ultrasound without the last, whose
-    path is the class.  The names tell no patient, so each image counts as one.
-    """
-    lists = radimagenet_lists(data)
-    if lists:
-        return [row for path in lists for row in read_csv(path)[0]], []
-    root = data / "radiology_ai" if (data / "radiology_ai").is_dir() else data
-    entries, notes = find_series(root, SINGLE)
-    rows = [Row(entry, entry.name.rpartition("/")[0], patient=stem_of(entry.name)) for entry in entries]
-    return rows, [*notes, f"{root}: names tell no patient; without the published lists splits are by image"]
-
-
-def radimagenet_lists(data):
-    """The CSV files of a folder that are named after a split and have the columns filename and label."""
-    named = [path for path in sorted(data.glob("*.csv")) if split_in(path.stem)]
-    return [path for path in named if {"filename", "label"} <= set(header_of(path))]
-
-
-def header_of(path):
-    """The first line of a CSV file, as words."""
-    with open(path, encoding="utf-8-sig", errors="replace") as file:
-        return [word.strip() for word in file.readline().split(",")]
-
-
-def split_in(stem):
-    """The split that a file's name speaks of, or ""."""
-    found = re.search("(?<![a-z])(train|val|test)", stem.lower())
-    return found[0] if found else ""
-
-
-@lru_cache(maxsize=4096)
-def names_in(folder):
-    """The names in a folder: asking for a million files one by one takes minutes."""
-    return frozenset(path.name for path in folder.iterdir()) if os.path.isdir(folder) else frozenset()
-
-
-def read_csv(data):
-    """(rows, notes) of a CSV file; see slices.find_slices.  Raises UserError naming the line."""
-    table = read_table(data, "--data")
-    names = table[0][1] if table else {}
-    if not {"path", "filename"} & set(names):
-        raise UserError(f"--data {data}: needs rows and a column path (or filename); columns are {COLUMNS}")
-    published, rows = "path" not in names, []
-    base = data.parent
-    if published and not os.path.exists(base / table[0][1]["filename"]):
-        base = base.parent                           # the lists may lie in the folder that they name
-    names_in.cache_clear()
-    for line, row in table:
-        where = f"--data {data}, line {line}"
-        word, split = row["filename" if published else "path"], row.get("split", "").lower()
-        split = split or (split_in(data.stem) if published else "")
-        if not word or (split and split not in SPLIT_WORDS):
-            raise UserError(f'{where}: split "{split}" is not one of train, val, test' if word
-                            else f"{where}: no path; columns are {COLUMNS}")
-        files = [base / text if text else None for text in (word, row.get("mask"))]
-        missing = next((path for path in files if path and path.name not in names_in(path.parent)), None)
-        if missing:
-            raise UserError(f"{where}: {missing}: no such file")
-        index = row.get("index", "")
-        if index and not (index.isdecimal() and len(index) < 10):
-            raise UserError(f'{where}: index "{index}" is not the number of a slice, from 0')
-        entry, uid = Entry(files[0], Path(word).as_posix()), row.get("series", "")
-        patient = row.get("patient") or (stem_of(entry.name) if published else patient_of(entry, ()))
-        entry = Entry(entry.path, f"{entry.name}/{uid}".rstrip("/"), uid)
-        rows.append(Row(entry, row.get("label", ""), files[1], patient, SPLIT_WORDS.get(split, ""),
-                        int(index) if index else None, row.get("axis", "")))
-    return rows, []
-
-
-FOLDERS = {"pairs": read_pairs, "classes": read_classes, "patients": read_patients,
-           "radimagenet": read_radimagenet}
-
-
-def layout_of(data, mask):
-    """The key of FOLDERS that a folder looks like: "patients" where masks are asked for, else "classes"."""
-    if any(pair_folders(folder) for _, folder in split_folders(data)):
-        return "pairs"
-    root = data / "radiology_ai" if (data / "radiology_ai").is_dir() else data
-    inside = {path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")}
-    if radimagenet_lists(data) or (inside and inside <= MODALITIES):
-        return "radimagenet"
-    return "patients" if mask else "classes"

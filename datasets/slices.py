@@ -18,14 +18,18 @@ from torch.utils.data import Dataset
 from datasets.io import PICTURE_SUFFIXES
 from datasets.photos import class_counts
 from datasets.samplers import check_on_bad_file, first_readable, item_generator
-from datasets.slice_lists import FOLDERS, layout_of, read_csv
+from datasets.slice_lists import pair_folders, read_classes, read_pairs, read_patients, split_folders
 from datasets.slice_masks import read_mask
 from datasets.slice_series import read_series, slices_along, spacing_along, view_of
 from datasets.slice_squares import FITS, fit_box, into_box, to_unit
+from datasets.slice_tables import radimagenet_lists, read_csv, read_radimagenet
 from datasets.splits import SPLITS, split_groups
 from utils.config import BadFile, UserError, closest
 
 INTENSITIES = ("slice", "series")
+MODALITIES = {"CT", "MR", "US"}                      # the folders of RadImageNet
+FOLDERS = {"pairs": read_pairs, "classes": read_classes, "patients": read_patients,
+           "radimagenet": read_radimagenet}
 UNKNOWN = -1                                         # of masks and labels: never counts
 
 
@@ -57,14 +61,14 @@ def find_slices(data, layout="auto", axis="stored", mask="", classes=None, label
                 on_bad_file="stop"):
     """Slices of a folder or CSV file -> (list of Slice, class names sorted, lines to print).
 
-    layout: "pairs", "classes", "patients" or "radimagenet", see read_<layout> in slice_lists; "auto" knows
+    layout: "pairs", "classes", "patients" or "radimagenet", see read_<layout>; "auto" knows
     pairs and radimagenet by the names of folders, and takes others for patients where ``mask`` is given,
     else for classes.  A CSV has the columns path, and label, mask, patient, split, index, axis, series (the
     SeriesInstanceUID) as there are: files absolute or below the CSV's folder; a row without index stands for
     all slices of its series; a CSV with the columns filename and label is one of RadImageNet's lists.
     axis: one of slice_series.AXES.  mask: what follows the "_" in the names of masks.  labelled: every slice
     must have a class.  classes: the names to use (a checkpoint's); None: those found.
-    patient: the column, else slice_lists.patient_of: the folder, or the name.
+    patient: the column, else the folder or the name: see slice_lists.patient_of, slice_tables.name_patients.
     on_bad_file: "skip" leaves series that cannot be used out, with a note; "stop" raises BadFile.
     Raises UserError: nothing found, no or a single class, an unknown class, a split for some only.
     """
@@ -90,6 +94,17 @@ def find_slices(data, layout="auto", axis="stored", mask="", classes=None, label
     series = len({slice.series for slice in slices})
     return slices, classes, [*notes, *told, f"{len(slices)} slices of {series} series of {len(patients)} "
                              f"patients ({', '.join(patients[:3])}{', ...' if len(patients) > 3 else ''})"]
+
+
+def layout_of(data, mask):
+    """The key of FOLDERS that a folder looks like: "patients" where masks are asked for, else "classes"."""
+    if any(pair_folders(folder) for _, folder in split_folders(data)):
+        return "pairs"
+    root = data / "radiology_ai" if (data / "radiology_ai").is_dir() else data
+    inside = {path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")}
+    if radimagenet_lists(data) or (inside and inside <= MODALITIES):
+        return "radimagenet"
+    return "patients" if mask else "classes"
 
 
 def check_classes(data, rows, classes, labelled):

@@ -240,6 +240,22 @@ def test_a_table_says_what_folders_do(tmp_path):
         "sagittal", "coronal", "stored"}
 
 
+@pytest.mark.parametrize("paths, patients", [
+    (["p1/t1.png", "p1/t2.png", "p2/t1.png"], ["p1", "p1", "p2"]),
+    (["scans/p1/a/3.png", "scans/p1/b/3.png", "scans/p2/3.png"], ["p1", "p1", "p2"]),
+    (["train/p1/3.png", "train/p2/3.png", "val/p3/3.png"], ["p1", "p2", "p3"]),
+    (["C1/p1_1.png", "C2/p1_2.png", "C2/p2_3.png"], ["p1", "p1", "p2"]),        # folders of classes
+    (["scans/p1_1.png", "scans/p1_2.png", "scans/sub-3_T2.png"], ["p1", "p1", "sub-3"])])
+def test_the_folders_of_a_table_tell_its_patients(paths, patients, tmp_path):
+    """Two series of one patient in two splits would be known before the test; equal names are not one."""
+    for path in paths:
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        picture(tmp_path / path)
+    rows = [[path, path.split("/")[0] if path.startswith("C") else "C1"] for path in paths]
+    slices, *_ = find_slices(table(tmp_path / "a.csv", ["path", "label"], *rows))
+    assert [slice.patient for slice in slices] == patients
+
+
 def test_a_series_cut_along_two_axes_has_no_case_twice(tmp_path):
     """Whoever gathers results by case would otherwise lose the slices of one axis."""
     write_nifti(tmp_path / "a.nii.gz", NOISE)

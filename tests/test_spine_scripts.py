@@ -16,7 +16,7 @@ import builders
 import constants as C
 import train_finetune
 from datasets.demo_spine import STAGES
-from datasets.slice_lists import read_csv
+from datasets.slice_tables import read_csv
 
 KINDS = ("classify", "segment", "multitask")
 PAINTED = ["SPINE_LESIONS=0.8", "SPINE_LESIONS_IN_VALIDATION=True"]
