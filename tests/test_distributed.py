@@ -251,7 +251,7 @@ def test_parameters_without_optimizer_state_stay_without(tmp_path):
     model = worker.Net()
     optimizer = make_optimizer(model)
     assert states.optimizer_state(model, optimizer)["state"] == {}
-    model(torch.randn(2, 1, 8, 8)).sum().backward()
+    model(torch.randn(2, 2, 8, 8)).sum().backward()
     optimizer.step()
     state = states.optimizer_state(model, optimizer)
     assert sorted(state["state"]) == ["head.bias", "head.weight", "token"]

@@ -39,12 +39,12 @@ def _shard_like(value, like):
         return value
     if value.dim() == 0 or value.shape != like.shape:               # such as an optimizer's step count
         return value.clone()
-    value = value.to(like.device, copy=True)
-    if not isinstance(like, DTensor):
-        return value
-    # Each rank cuts its part out of its own whole copy; copying the part lets the whole one go.
-    part = distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
-    return torch.empty_like(like, dtype=value.dtype).copy_(part)
+    if isinstance(like, DTensor):
+        # Each rank cuts its part out of its own whole copy; copying the part lets the whole one go.
+        value = distribute_tensor(value.to(like.device, copy=True), like.device_mesh, like.placements,
+                                  src_data_rank=None)
+    # In the memory format of ``like``: fused optimizers take for granted that moments lie as parameters do.
+    return torch.empty_like(like, dtype=value.dtype).copy_(value)
 
 
 def _named(pairs):
@@ -104,8 +104,11 @@ def optimizer_state(model, optimizer):
 def load_optimizer_state(model, optimizer, state):
     """Load what optimizer_state returned under any strategy, on each rank.
 
-    Raises UserError when its parameter groups hold other parameters than this optimizer's.
+    Returns for each parameter group the options (all but "params") that it had before: loading puts the
+    checkpoint's in their place.  Raises UserError when the groups hold other parameters than this
+    optimizer's.
     """
+    options = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     names = _parameter_names(model)
     groups = [[names[p] for p in group["params"]] for group in optimizer.param_groups]
     if groups != [group["params"] for group in state["param_groups"]]:
@@ -118,6 +121,7 @@ def load_optimizer_state(model, optimizer, state):
     indices = iter(range(len(parameters)))            # torch keys states by the position over all groups
     optimizer.load_state_dict({"state": entries, "param_groups": [
         {**group, "params": [next(indices) for _ in group["params"]]} for group in state["param_groups"]]})
+    return options
 
 
 def training_state(model, optimizer, scheduler, scaler):
@@ -130,12 +134,11 @@ def training_state(model, optimizer, scheduler, scaler):
 def load_training_state(checkpoint, model, optimizer, scaler):
     """Load training_state's entries, all but the scheduler's, which may be of another length.
 
-    Returns for each parameter group the options (all but "params") that it had before, for
-    ``utils.schedules.go_to_step``: loading puts the checkpoint's in their place.
+    Returns load_optimizer_state's options, for ``utils.schedules.go_to_step``.
     """
-    settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     load_model_state(model, checkpoint["model_state_dict"])
-    load_optimizer_state(model, optimizer, checkpoint["optimizer_state_dict"])
-    scaler.load_state_dict(checkpoint["scaler_state_dict"])
+    options = load_optimizer_state(model, optimizer, checkpoint["optimizer_state_dict"])
+    if checkpoint["scaler_state_dict"]:                             # empty, of a run without fp16
+        scaler.load_state_dict(checkpoint["scaler_state_dict"])
     restore_rng_state(checkpoint["rng_state"])
-    return settings
+    return options
