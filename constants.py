@@ -176,7 +176,8 @@ STUDY_MRI_BACKGROUND = 10.0      # percentile of an MRI up to which a voxel is b
 STUDY_CT_BACKGROUND_HU = -500.0  # CT values up to this are background
 STUDY_VAL_FRACTION = 0.15        # of the studies
 STUDY_TEST_FRACTION = 0.15       # of the studies; never seen by training
-STUDY_SPLIT_CSV = ""             # columns study, split (train|val|test); "": by hash of the study's name
+STUDY_SPLIT_CSV = ""             # columns study, split (train|val|test); "": by hash of the patient's name
+STUDY_PATIENTS = ""              # CSV with study_id, patient: their studies stay together; "": one each
 STUDY_LABELS = ""                # CSV with study_id and label columns; "": the demo's, or none
 
 # ---------------------------- 13 Brain studies: what a network sees
@@ -476,7 +477,7 @@ PRESETS = {
         "VISTA_LR": 2e-4, "VISTA_EPOCHS": 500, "VISTA_FINAL_LR": 1e-7, "VISTA_PATIENCE": 40,
         "VISTA_VAL_EVERY": 2, "VISTA_EMBEDDING": 32, "KEEP_TOP_K": 5, "PRECISION": "bf16",
         "VISTA_CLASS_WEIGHTS": [0.05, 0.35, 0.25, 0.2, 0.15, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]},
-    "em_small": {                # half an hour on two CPU cores, for isotropic volumes without lost sections
+    "em_small": {                # an hour on two CPU cores, for isotropic volumes without lost sections
         "VISTA_ENCODER": "segresnet", "VISTA_FEATURES": 16, "VISTA_HEAD_WIDTH": 32, "VISTA_BATCH_SIZE": 1,
         "VISTA_PATCH_SIZE": [64, 64, 64], "VISTA_LR": 3e-3, "VISTA_WARMUP_STEPS": 0.02, "VISTA_EPOCHS": 24,
         "VISTA_CROPS_PER_EPOCH": 100, "VISTA_VAL_EVERY": 8, "VISTA_VAL_CROPS": 6, "VISTA_CACHE_RATE": 1.0,
@@ -512,7 +513,7 @@ PRESETS = {
         "USE_EMA": True, "EMA_DECAY": 0.9999, "HVIT_MIXUP_ALPHA": 0.8, "HVIT_CUTMIX_ALPHA": 1.0,
         "HVIT_LOSS": "combined", "HVIT_FOCAL_GAMMA": 2.0, "HVIT_LABEL_SMOOTHING": 0.1,
         "HVIT_SEVERITY": "moderate"},
-    "leaf_small": {              # 40 minutes of a CPU core each, for some hundred photographs
+    "leaf_small": {              # a quarter of an hour of a CPU core each, for some hundred photographs
         "HVIT_MODEL": "hvit_tiny", "HVIT_IMG_SIZE": 160, "HVIT_CACHE_RATE": 1.0, "HVIT_DROP_PATH": 0.1,
         "HVIT_TEST_FRACTION": 0.25, "SIMCLR_EPOCHS": 150, "SIMCLR_LR": 5e-4, "SIMCLR_TEMPERATURE": 0.1,
         "SIMCLR_BRIGHTNESS": 0.4, "SIMCLR_CONTRAST": 0.4, "SIMCLR_SATURATION": 0.2, "SIMCLR_HUE": 0.02,

@@ -28,9 +28,9 @@ import constants as C
 from datasets.cache import read_cache
 from datasets.labels import read_labels
 from datasets.photo_augment import evaluation_view, tta_views
-from datasets.photo_splits import split_photos
+from datasets.photo_splits import split_photos, stored_groups
 from datasets.photos import find_photos
-from datasets.studies import ragged_collate, split_studies
+from datasets.studies import ragged_collate, read_patients, split_studies
 from models.slice_nets import named_outputs
 from train_finetune import STAY
 from utils.attention_maps import write_attention
@@ -86,7 +86,7 @@ def find_studies(args, names):
     if labels is None:
         raise UserError(f"--split {args.split}: needs the labels of training; give --labels, or --split all")
     splits = split_studies(labels.match(studies)[0], C.STUDY_VAL_FRACTION, C.STUDY_TEST_FRACTION,
-                           C.STUDY_SPLIT_CSV or None)
+                           C.STUDY_SPLIT_CSV or None, C.STUDY_PATIENTS)
     if not splits[args.split]:
         raise UserError(f"--split {args.split}: holds no study; choose another split")
     return splits[args.split], labels
@@ -117,8 +117,10 @@ def evaluate_mil(args, checkpoint, device):
         results[study] = logits[0].float().cpu(), labels.values.get(study, unknown) if labels else unknown
         if i * world_size() + rank() < args.attention:
             write_attention(args.output / "attention" / study, dataset, batch, attention.float(), names)
-    return results, lambda results: report_cases(args.output, args.split, "study", "studies", C.MIL_LOSS,
-                                                 names, results, args.bootstrap, C.SEED)
+    units = read_patients(C.STUDY_PATIENTS, [study.name for study in studies])
+    return results, lambda results: report_cases(
+        args.output, args.split, "study", "studies", C.MIL_LOSS, names, results, args.bootstrap, C.SEED,
+        (units, "patients" if C.STUDY_PATIENTS else "studies"))
 
 
 # ------------------------------------------------------- classes of photographs
@@ -157,11 +159,13 @@ def evaluate_hvit(args, checkpoint, device):
 
     def report_all(results):
         report_cases(args.output, args.split, "photograph", "photographs", "ce", names, results,
-                     args.bootstrap, C.SEED)
+                     args.bootstrap, C.SEED, (units, "groups of copies" if any(groups) else "photographs"))
         report_classes(args.output, names, results, lambda case: dataset[places[case]]["image"],
                        args.mistakes)
 
     places = {photo.name: i for i, photo in enumerate(dataset.photos)}
+    groups = stored_groups(Path(args.checkpoint).with_name("splits.csv"), dataset.photos)
+    units = {photo.name: group or photo.name for photo, group in zip(dataset.photos, groups, strict=True)}
     return results, report_all
 
 

@@ -21,7 +21,7 @@ import torch
 
 import constants as C
 from datasets.io import letterbox, read_image, undo_letterbox, write_nifti
-from datasets.longitudinal import find_pairs, normalise, pair_name, read_pairs
+from datasets.longitudinal import find_pairs, normalise, pair_name, read_map, read_pairs
 from datasets.pair_files import list_bad_files
 from longitudinal_MIM_training import KIND, build_model
 from utils.checkpoint import load_checkpoint
@@ -91,7 +91,7 @@ def load_case(name, files, register):
     for part, fewest in (("prior", 1), ("current", 1), ("truth", 0)):
         if not fewest <= len(files.get(part, [])) <= 1:
             raise BadFile(f"{name}: {len(files.get(part, []))} images for {part} where there must be one")
-    images = {part: read_image(paths[0]) for part, paths in files.items()}
+    images = {part: (read_map if part == "truth" else read_image)(paths[0]) for part, paths in files.items()}
     shape = images["current"].shape
     for part, image in images.items():
         if image.shape != shape and not (register and part == "prior"):

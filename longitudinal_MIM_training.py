@@ -33,7 +33,7 @@ from utils import config, distributed, states
 from utils.checkpoint import save_checkpoint
 from utils.device import autocast, gradient_scaler, to_device
 from utils.ema import EMA
-from utils.history import Trackers, batch_line, epoch_line, progress_bar, write_history
+from utils.history import Trackers, batch_line, epoch_line, progress_bar, say_end, write_history
 from utils.interrupts import Interrupts
 from utils.metrics import ChangeMetrics
 from utils.optim import build_optimizer, parameter_groups
@@ -166,7 +166,7 @@ def main():
     config.apply_overrides(C, args.set)
     device = distributed.setup_distributed()
     torch.manual_seed(C.SEED)
-    run_dir, checkpoint = open_run(C.RUNS_DIR, args.save_name, args.checkpoint, KIND)
+    run_dir, checkpoint = open_run(C.RUNS_DIR, args.save_name, args.checkpoint, KIND, args.fast_dev_run)
     interrupts = Interrupts(C.CHECKPOINT_MINUTES)
 
     # Data and model
@@ -202,10 +202,12 @@ def main():
         settings = states.load_training_state(checkpoint, model, optimizer, scaler)
         if ema is not None:
             ema.load_state_dict(checkpoint["ema_state_dict"])
-        if discriminator is not None:
-            gan_state = checkpoint["gan_state_dict"]
+        gan_state = checkpoint["gan_state_dict"]
+        if discriminator is not None and gan_state:
             states.load_model_state(discriminator, gan_state["model"])
-            states.load_optimizer_state(discriminator, gan_optimizer, gan_state["optimizer"])
+            options = states.load_optimizer_state(discriminator, gan_optimizer, gan_state["optimizer"])
+            for group, own in zip(gan_optimizer.param_groups, options, strict=True):
+                group.update(own)
         step, best, history = checkpoint["step"], checkpoint["best"], checkpoint["history"]
         first_epoch, first_batch = resume_position(checkpoint, num_batches, C.UPDATE_EVERY_BATCHES)
         share = first_batch / max(1, checkpoint["batch_in_epoch"])       # 1, unless batches are others now
@@ -347,9 +349,7 @@ def main():
 
     if distributed.is_main():
         trackers.close()
-        if bad_files:
-            print(f"Skipped {len(bad_files)} bad files: {', '.join(sorted(bad_files))}")
-        print(f"{'Done' if first_epoch <= epochs else 'All epochs were done before'}: {run_dir}")
+    say_end(run_dir, bad_files, first_epoch <= epochs)
     distributed.cleanup()
 
 

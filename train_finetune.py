@@ -53,7 +53,7 @@ from utils.checkpoint import save_checkpoint
 from utils.classification import StudyMetrics
 from utils.device import autocast, gradient_scaler, to_device
 from utils.ema import EMA
-from utils.history import Trackers, batch_line, epoch_line, progress_bar, write_history
+from utils.history import Trackers, batch_line, epoch_line, progress_bar, say_end, write_history
 from utils.interrupts import Interrupts
 from utils.optim import drop_frozen_, parameter_groups
 from utils.photo_metrics import PhotoMetrics
@@ -95,15 +95,15 @@ def build_mil(args, run_dir, resumed):
     if not labels_csv:
         raise config.UserError("STUDY_LABELS: name a CSV of the studies' labels, --set STUDY_LABELS=FILE")
     studies, labels = builders.labelled_studies(data, labels_csv)
-    names = labels.names
-    splits = split_studies(studies, C.STUDY_VAL_FRACTION, C.STUDY_TEST_FRACTION, C.STUDY_SPLIT_CSV or None)
+    splits = split_studies(studies, C.STUDY_VAL_FRACTION, C.STUDY_TEST_FRACTION, C.STUDY_SPLIT_CSV or None,
+                           C.STUDY_PATIENTS)
     weight = labels.loss_weights(splits["train"], C.MIL_CLASS_WEIGHTS, C.MIL_BALANCE)
     splits = builders.say_splits(builders.thin(splits, 1) if args.fast_dev_run else splits, "studies")
     train_set = builders.study_set(splits["train"], True, windows="all", labels=labels,
                                    random_crop=C.MIL_RANDOM_CROP, patch_drop_rate=C.MIL_PATCH_DROP)
     val_set = builders.study_set(splits["val"], False, windows="all", labels=labels)
 
-    model = builders.build_study_classifier(len(names))
+    names, model = labels.names, builders.build_study_classifier(len(labels.names))
     if not resumed:
         builders.start_from(model.encoder, args.init, args.remove_prefix)
 
@@ -119,7 +119,7 @@ def build_mil(args, run_dir, resumed):
     def scores():
         return LogitScores(loss, StudyMetrics(C.MIL_LOSS, names), "labels")
 
-    check_monitor("MIL_MONITOR", C.MIL_MONITOR, f"MIL_LOSS = {C.MIL_LOSS}", scores(),
+    check_monitor("MIL_MONITOR", C.MIL_MONITOR, C.MIL_MONITOR_MODE, f"MIL_LOSS = {C.MIL_LOSS}", scores(),
                   {"labels": torch.zeros(1, 1 if C.MIL_LOSS == "ce" else len(names))},
                   [torch.zeros(1, len(names))])
 
@@ -157,7 +157,7 @@ def build_hvit(args, run_dir, resumed):
     train_loader, val_loader = builders.photo_loaders(splits, C.HVIT_BATCH_SIZE, args.fast_dev_run,
                                                       C.HVIT_BALANCE == "sampler")
     model = builders.build_photo_network(len(names), start=not resumed)
-    if not (resumed or C.HVIT_WEIGHTS):
+    if not resumed and (args.init or not C.HVIT_WEIGHTS):
         builders.start_from(model, args.init, args.remove_prefix, (*HViT.second_stream, "head."))
     augment = PhotoAugment(C.HVIT_SEVERITY, C.HVIT_IMG_SIZE)
 
@@ -184,7 +184,7 @@ def build_hvit(args, run_dir, resumed):
     def scores():
         return LogitScores(lambda logits, labels: soft_loss(logits, one_hot(labels)), PhotoMetrics(names))
 
-    check_monitor("HVIT_MONITOR", C.HVIT_MONITOR, f"HVIT_LOSS = {C.HVIT_LOSS}", scores(),
+    check_monitor("HVIT_MONITOR", C.HVIT_MONITOR, C.HVIT_MONITOR_MODE, f"HVIT_LOSS = {C.HVIT_LOSS}", scores(),
                   {"label": torch.zeros(1, dtype=torch.int64)}, [torch.zeros(1, len(names))])
     return data, Task(
         kind="hvit", model=model, names=names, train_loader=train_loader, val_loader=val_loader,
@@ -223,7 +223,7 @@ def build_slices(kind, args, run_dir, resumed):
         return SliceScores(loss, names, mask_names, C.SPINE_THRESHOLD, C.SPINE_FOUND_SHARE)
 
     monitor = C.SPINE_MONITOR or ("val/dice" if mask_names else "val/f1_macro")
-    check_monitor("SPINE_MONITOR", monitor, f"--task {kind}", scores(),
+    check_monitor("SPINE_MONITOR", monitor, C.SPINE_MONITOR_MODE, f"--task {kind}", scores(),
                   *one_slice(len(names), mask_channels(mask_names)))
     return data, Task(
         kind=kind, model=model, names=names, mask_names=mask_names, train_loader=train_loader,
@@ -273,7 +273,7 @@ def main():
     config.apply_overrides(C, args.set)
     device = distributed.setup_distributed()
     torch.manual_seed(C.SEED)
-    run_dir, checkpoint = open_run(C.RUNS_DIR, args.save_name, args.checkpoint, args.task)
+    run_dir, checkpoint = open_run(C.RUNS_DIR, args.save_name, args.checkpoint, args.task, args.fast_dev_run)
     interrupts = Interrupts(C.CHECKPOINT_MINUTES)
 
     # Data and model
@@ -311,7 +311,8 @@ def main():
         share = first_batch / max(1, checkpoint["batch_in_epoch"])       # 1, unless batches are others now
         running = own_sums(checkpoint["running"], share, device)
         if changed or checkpoint["total_steps"] != total_steps:
-            go_to_step(scheduler, settings, sum(steps[:first_epoch - 1], -(-first_batch // task.every)))
+            done = sum(steps[:first_epoch - 1], -(-first_batch // task.every))
+            go_to_step(scheduler, settings, min(done, total_steps))
         else:
             scheduler.load_state_dict(checkpoint["scheduler_state_dict"])
         if distributed.is_main():
@@ -434,9 +435,7 @@ def main():
 
     if distributed.is_main():
         trackers.close()
-        if bad_files:
-            print(f"Skipped {len(bad_files)} bad files: {', '.join(sorted(bad_files))}")
-        print(f"{'Done' if first_epoch <= epochs else 'All epochs were done before'}: {run_dir}")
+    say_end(run_dir, bad_files, first_epoch <= epochs)
     distributed.cleanup()
 
 

@@ -43,13 +43,13 @@ from utils.checkpoint import load_backbone, save_checkpoint
 from utils.collapse import feature_statistics
 from utils.device import autocast, gradient_scaler, to_device
 from utils.ema import make_teacher, update_teacher_
-from utils.history import Trackers, batch_line, epoch_line, progress_bar, write_history
+from utils.history import Trackers, batch_line, epoch_line, progress_bar, say_end, write_history
 from utils.interrupts import Interrupts
 from utils.mask_sheet import mask_rows, mask_sheet
 from utils.optim import parameter_groups
 from utils.photo_probe import probe_photos
 from utils.photo_sheet import photo_sheet, view_rows
-from utils.runs import best_row, check_finite, keep_checkpoint, open_run, own_sums, resume_position
+from utils.runs import best_row, check_finite, keep_checkpoint, monitored, open_run, own_sums, resume_position
 from utils.schedules import accumulation_group, go_to_step, teacher_momentum
 from utils.study_probe import probe_studies
 from utils.tables import first_of
@@ -85,17 +85,15 @@ def build_jepa(args, run_dir, resumed):
     """Student, predictor and teacher on cached studies (Vol-JEPA; Assran et al. 2023, arXiv:2301.08243)."""
     data, labels = builders.study_paths(args.data)
     splits = split_studies(read_cache(data), C.STUDY_VAL_FRACTION, C.STUDY_TEST_FRACTION,
-                           C.STUDY_SPLIT_CSV or None)
-    builders.say_splits(splits, "studies")
-    if args.fast_dev_run:
-        splits = {name: studies[:distributed.world_size()] for name, studies in splits.items()}
+                           C.STUDY_SPLIT_CSV or None, C.STUDY_PATIENTS)
+    splits = builders.say_splits(builders.thin(splits, 1) if args.fast_dev_run else splits, "studies")
     options = {"windows": "all" if C.JEPA_STUDY_SAMPLER else "sample", "mask": builders.build_study_mask()}
     train_set = builders.study_set(splits["train"], True, random_crop=C.JEPA_RANDOM_CROP, **options)
     val_set = builders.study_set(splits["val"], False, **options)
     groups = train_set.groups() if C.JEPA_STUDY_SAMPLER else None
     encoder = builders.build_token_vit()
     predictor = builders.build_predictor(encoder.dim)
-    if args.init and not resumed:
+    if not resumed:
         start_jepa(encoder, predictor, args.init, args.remove_prefix)
     probe = None
     if labels and C.JEPA_PROBE_EVERY:
@@ -124,11 +122,13 @@ def build_jepa(args, run_dir, resumed):
         epochs=C.JEPA_EPOCHS, every=C.JEPA_UPDATE_EVERY_BATCHES, parameters=parameters,
         schedule={"name": C.JEPA_SCHEDULE, "warmup": C.JEPA_WARMUP_STEPS, "ipe_scale": C.JEPA_IPE_SCALE,
                   "start_lr": C.JEPA_START_LR * scale, "final_lr": C.JEPA_FINAL_LR * scale},
-        monitor=(C.JEPA_MONITOR, C.JEPA_MONITOR_MODE))
+        monitor=monitored(C.JEPA_MONITOR, C.JEPA_MONITOR_MODE))
 
 
 def start_jepa(encoder, predictor, init, remove_prefix):
     """Fill both from the run of --init; of another stage only the encoder must match."""
+    if not init:
+        return builders.start_from(encoder, init, remove_prefix)
     matched, unmatched = load_backbone(encoder, init, remove_prefix)
     own, _ = load_backbone(predictor, init, "predictor.", minimum=0.0, prefer=("model_state_dict",))
     distributed.say(f"--init {init}: {len(matched)} weights of the encoder matched, {len(unmatched)} not"
@@ -162,7 +162,7 @@ def build_simclr(args, run_dir, resumed):
     train_loader, val_loader = builders.photo_loaders(splits, C.SIMCLR_BATCH_SIZE, args.fast_dev_run)
     still_loader = builders.still_loader(train_loader)
     backbone = builders.build_photo_network(0, start=not resumed)
-    if not (resumed or C.HVIT_WEIGHTS):
+    if not resumed and (args.init or not C.HVIT_WEIGHTS):
         builders.start_from(backbone, args.init, args.remove_prefix)
     labelled = all(any(photo.label >= 0 for photo in splits[name]) for name in ("train", "val"))
     views = builders.build_views()
@@ -237,7 +237,8 @@ def main():
     config.apply_overrides(C, args.set)
     device = distributed.setup_distributed()
     torch.manual_seed(C.SEED)
-    run_dir, checkpoint = open_run(C.RUNS_DIR, args.save_name, args.checkpoint, args.method)
+    run_dir, checkpoint = open_run(C.RUNS_DIR, args.save_name, args.checkpoint, args.method,
+                                   args.fast_dev_run)
     interrupts = Interrupts(C.CHECKPOINT_MINUTES)
 
     # Data and model
@@ -271,7 +272,8 @@ def main():
         share = first_batch / max(1, checkpoint["batch_in_epoch"])       # 1, unless batches are others now
         running = own_sums(checkpoint["running"], share, device)
         if changed or checkpoint["total_steps"] != total_steps:
-            go_to_step(scheduler, settings, sum(steps[:first_epoch - 1], -(-first_batch // method.every)))
+            done = sum(steps[:first_epoch - 1], -(-first_batch // method.every))
+            go_to_step(scheduler, settings, min(done, total_steps))
         else:
             scheduler.load_state_dict(checkpoint["scheduler_state_dict"])
         if distributed.is_main():
@@ -390,9 +392,7 @@ def main():
 
     if distributed.is_main():
         trackers.close()
-        if bad_files:
-            print(f"Skipped {len(bad_files)} bad files: {', '.join(sorted(bad_files))}")
-        print(f"{'Done' if first_epoch <= epochs else 'All epochs were done before'}: {run_dir}")
+    say_end(run_dir, bad_files, first_epoch <= epochs)
     distributed.cleanup()
 
 

@@ -39,11 +39,20 @@ from utils.checkpoint import save_checkpoint
 from utils.device import autocast, gradient_scaler, to_device
 from utils.em_pictures import sheet
 from utils.ema import EMA
-from utils.history import Trackers, batch_line, epoch_line, progress_bar, write_history
+from utils.history import Trackers, batch_line, epoch_line, progress_bar, say_end, write_history
 from utils.instance_metrics import Contingency, SemanticMetrics
 from utils.interrupts import Interrupts
 from utils.optim import parameter_groups
-from utils.runs import best_row, check_finite, keep_checkpoint, open_run, own_sums, resume_position, stale_for
+from utils.runs import (
+    best_row,
+    check_finite,
+    keep_checkpoint,
+    monitored,
+    open_run,
+    own_sums,
+    resume_position,
+    stale_for,
+)
 from utils.schedules import accumulation_group, go_to_step
 
 KIND = "vista3d"
@@ -146,7 +155,8 @@ def evaluate(model, loader, class_weights, device, interrupts):
                 table = Contingency()
                 table.add(ids, truth.reshape(ids.shape))
                 figures = table.scores()
-                scores += torch.tensor([[figures[name], 1.0] for name in SCORES], dtype=torch.float64)
+                scores += torch.tensor([[figures[name], 1.0] if math.isfinite(figures[name]) else [0.0, 0.0]
+                                        for name in SCORES], dtype=torch.float64)
             if len(rows) < C.SAMPLES_PER_EPOCH:
                 rows.append({"image": batch["image"][k, 0].cpu(), "classes": batch["classes"][k].cpu(),
                              "instances": batch["instances"][k].cpu(),
@@ -167,7 +177,7 @@ def main():
     check_class_weights(C.VISTA_CLASS_WEIGHTS, C.VISTA_NUM_CLASSES)
     device = distributed.setup_distributed()
     torch.manual_seed(C.SEED)
-    run_dir, checkpoint = open_run(C.RUNS_DIR, args.save_name, args.checkpoint, KIND)
+    run_dir, checkpoint = open_run(C.RUNS_DIR, args.save_name, args.checkpoint, KIND, args.fast_dev_run)
     interrupts = Interrupts(C.CHECKPOINT_MINUTES)
 
     # Data and model
@@ -177,7 +187,7 @@ def main():
     steps_per_epoch = math.ceil(num_batches / C.VISTA_UPDATE_EVERY_BATCHES)
     epochs = 1 if args.fast_dev_run else C.VISTA_EPOCHS
     total_steps = epochs * steps_per_epoch
-    monitor = (C.VISTA_MONITOR, C.VISTA_MONITOR_MODE)
+    monitor = monitored(C.VISTA_MONITOR, C.VISTA_MONITOR_MODE)
     model = build_model()
     class_weights = torch.tensor(C.VISTA_CLASS_WEIGHTS, device=device) if C.VISTA_CLASS_WEIGHTS else None
     if checkpoint is None:                  # of a token transformer pretraining knows nothing but itself
@@ -338,9 +348,7 @@ def main():
 
     if distributed.is_main():
         trackers.close()
-        if bad_files:
-            print(f"Skipped {len(bad_files)} bad files: {', '.join(sorted(bad_files))}")
-        print(f"{'Done' if first_epoch <= epochs else 'All epochs were done before'}: {run_dir}")
+    say_end(run_dir, bad_files, first_epoch <= epochs)
     distributed.cleanup()
 
 

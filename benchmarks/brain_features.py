@@ -113,7 +113,7 @@ def findings(args, encoders):
     """{row of the table: macro AUROC of the test studies, one per seed}."""
     labels = read_labels(args.labels, "bce")
     splits = split_studies(read_cache(args.data), C.STUDY_VAL_FRACTION, C.STUDY_TEST_FRACTION,
-                           C.STUDY_SPLIT_CSV or None)
+                           C.STUDY_SPLIT_CSV or None, C.STUDY_PATIENTS)
     sides = [labels.match(side)[0] for side in (splits["train"] + splits["val"], splits["test"])]
     answers = [torch.stack([labels.values[study.name] for study in side]) for side in sides]
     print(f"findings: {', '.join(labels.names)}; {len(sides[0])} studies to fit, {len(sides[1])} to judge")
@@ -154,7 +154,7 @@ def types(args, encoders):
     folds = [groups == group for group in np.unique(groups)]
     if len(folds) > FEW:
         splits = split_studies(studies, C.STUDY_VAL_FRACTION, C.STUDY_TEST_FRACTION,
-                               C.STUDY_SPLIT_CSV or None)
+                               C.STUDY_SPLIT_CSV or None, C.STUDY_PATIENTS)
         folds = [np.isin(groups, [study.name for study in splits["test"]])]
     judged = np.logical_or.reduce(folds)
     counts = ", ".join(f"{np.sum(answers[judged] == i)} {word}" for i, word in enumerate(args.types))

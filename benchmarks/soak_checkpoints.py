@@ -91,10 +91,10 @@ def survive_cut(kind, run, lengths, whole):
     if not all(refuses(lambda path=path: load_checkpoint(path, kind), path) for path in damaged):
         return False
     if len(lengths) == len(paths):
-        return refuses(lambda: open_run(run.parent, run.name, "auto", kind),
+        return refuses(lambda: open_run(run.parent, run.name, "auto", kind, trial=True),
                        *(path.name for path in paths)) and set(os.listdir(run)) == names
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        _, state = open_run(run.parent, run.name, "auto", kind)
+        _, state = open_run(run.parent, run.name, "auto", kind, trial=True)
     told = all(f"Damaged, passed over: {path}\n" in printed.getvalue() for path in damaged)
     sound = whole[len(lengths)]
     return told and state["step"] == len(FILES) - len(lengths) and paths[0].read_bytes() == sound

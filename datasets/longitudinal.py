@@ -172,15 +172,21 @@ def read_case(case, size):
     Raises BadFile when a file cannot be used, sizes differ, or diff leaves [-1, 1].
     """
     paths = member_paths(Path(case))
-    prior, current, diff = map(read_image, paths)
+    prior, current, diff = read_image(paths[0]), read_image(paths[1]), read_map(paths[2])
     for path, image in zip(paths, (prior, current, diff), strict=True):
         if image.shape != current.shape:
             raise BadFile(f"{path}: {image.shape[0]}x{image.shape[1]} pixels, but the current image has "
                           f"{current.shape[0]}x{current.shape[1]}")
-    if np.abs(diff).max() > 1 + 1e-4:
-        raise BadFile(f"{paths[2]}: values from {diff.min():g} to {diff.max():g}, not within [-1, 1]")
-    images = normalise(prior, paths[0]), normalise(current, paths[1]), diff.clip(-1, 1)
+    images = normalise(prior, paths[0]), normalise(current, paths[1]), diff
     return tuple(torch.from_numpy(letterbox(image, size)[0])[None] for image in images)
+
+
+def read_map(path):
+    """The known difference of a case, float32 [H, W] within [-1, 1].  Raises BadFile where it is not."""
+    diff = read_image(path)
+    if np.abs(diff).max() > 1 + 1e-4:
+        raise BadFile(f"{path}: values from {diff.min():g} to {diff.max():g}, not within [-1, 1]")
+    return diff.clip(-1, 1)
 
 
 class LongitudinalMIMDataset(Dataset):

@@ -23,7 +23,7 @@ from datasets.pair_files import CRASHED, run_jobs
 from datasets.photo_files import read_photo
 from datasets.photos import class_counts
 from datasets.samplers import check_on_bad_file
-from datasets.splits import SPLITS, splits_from_csv
+from datasets.splits import SPLITS, read_table, splits_from_csv
 from utils.config import BadFile, UserError
 
 THUMB = 100                                          # pixels per side of what is hashed
@@ -267,3 +267,10 @@ def write_splits(path, splits, classes):
         rows.writerows([photo.name, classes[photo.label] if photo.label >= 0 else "", photo.group, split]
                        for split, photos in splits.items() for photo in photos)
     os.replace(temporary, path)
+
+
+def stored_groups(path, photos):
+    """The group of each photograph, as write_splits wrote it; else its own, "" where nothing is known."""
+    rows = read_table(path, "splits") if os.path.isfile(path) else []
+    groups = {row["path"]: row.get("group", "") for _, row in rows}
+    return [groups.get(photo.name) or photo.group for photo in photos]

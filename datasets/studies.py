@@ -9,7 +9,7 @@ from datasets.cache import load_image, load_mask
 from datasets.intensity import MODES, augment_intensity, normalise
 from datasets.labels import STUDY_COLUMNS
 from datasets.samplers import check_on_bad_file, first_readable, item_generator
-from datasets.splits import SPLITS, split_groups
+from datasets.splits import SPLITS, read_table, split_groups
 from datasets.tokens import crop_tokens, cut_tokens, draw_orientation, grid_size, token_background, whole
 from utils.config import BadFile, UserError
 
@@ -17,16 +17,43 @@ WINDOWS = ("sample", "all")
 UPRIGHT = [False, False, False], False               # no flips, no swap
 
 
-def split_studies(studies, val_fraction, test_fraction, csv=None):
-    """Divide studies -> dict of lists "train", "val", "test"; no study is ever in two.
+def split_studies(studies, val_fraction, test_fraction, csv=None, patients=None):
+    """Divide studies -> dict of lists "train", "val", "test"; no patient is ever in two.
 
-    By a hash of the name, so that a study stays where it is when others are added; or as the file ``csv``,
-    with the columns study_id (or study) and split, says.  Raises UserError when fractions or the file make no
-    sense, or studies are too few.
+    By a hash of the patient's name, so that one stays where it is when others are added; or as the file
+    ``csv``, with the columns study_id (or study) or patient, and split, says.  patients: see read_patients.
+    Raises UserError when fractions or the file make no sense, or patients are too few.
     """
-    names = {column: {study.name: [study.name] for study in studies} for column in STUDY_COLUMNS}
-    split_of = split_groups(names, val_fraction, test_fraction, csv, f"{len(studies)} studies", "STUDY_")
-    return {split: [study for study in studies if split_of[study.name] == split] for split in SPLITS}
+    patient_of, members = read_patients(patients, [study.name for study in studies]), {}
+    for name, patient in patient_of.items():
+        members.setdefault(patient, []).append(name)
+    names = dict.fromkeys(STUDY_COLUMNS, members)
+    what = f"{len(studies)} studies"
+    if patients:
+        names = {"patient": {patient: [patient] for patient in members}, **names}
+        what += f" of {len(members)} patients"
+    split_of = split_groups(names, val_fraction, test_fraction, csv, what, "STUDY_")
+    return {split: [study for study in studies if split_of[patient_of[study.name]] == split]
+            for split in SPLITS}
+
+
+def read_patients(path, names):
+    """{study: patient} for the ``names`` of studies.
+
+    path: a CSV with the columns study_id (or study) and patient; None or "": each study is a patient of its
+    own.  Raises UserError when the file lacks a column, or a study.
+    """
+    if not path:
+        return {name: name for name in names}
+    rows = read_table(path, "STUDY_PATIENTS")
+    key = next((column for column in STUDY_COLUMNS if rows and column in rows[0][1]), None)
+    if key is None or "patient" not in rows[0][1]:
+        raise UserError(f"STUDY_PATIENTS {path}: needs rows, and the columns study_id and patient")
+    patients = {row[key]: row["patient"] for _, row in rows}
+    absent = [name for name in names if not patients.get(name)]
+    if absent:
+        raise UserError(f"STUDY_PATIENTS {path}: has no patient for study {absent[0]} ({len(absent)} in all)")
+    return {name: patients[name] for name in names}
 
 
 class StudyDataset(Dataset):

@@ -106,7 +106,8 @@ def test_undefined_figures_have_a_reason(tmp_path, capsys, kinds, line):
     """A table of dashes alone would look like a mistake; a curve that there is not is not drawn."""
     results = {f"c{i}": (torch.tensor([0.3]), torch.tensor([float(kind)])) for i, kind in enumerate(kinds)}
     (tmp_path / "roc.png").touch()
-    report_cases(tmp_path, "test", "study", "studies", "bce", ["mass"], results, 10, 0)
+    report_cases(tmp_path, "test", "study", "studies", "bce", ["mass"], results, 10, 0,
+                 ({case: case for case in results}, "studies"))
     printed = capsys.readouterr().out
     assert line in printed and ("Undefined (-): " in printed) == bool(line)
     assert (tmp_path / "roc.png").exists() != bool(line)

@@ -180,6 +180,9 @@ def test_the_newest_sound_checkpoint_is_found_by_its_steps(tmp_path):
     os.utime(tmp_path / "demo_last.pt", (0, 0))
     path, entries, damaged = newest_sound(tmp_path, "demo")
     assert (path.name, entries["step"], damaged) == ("demo_last.pt", 105, [])
+    write(tmp_path / "demo_last.pt", step=30)                             # went back to epoch 2, and on
+    path, entries, _ = newest_sound(tmp_path, "demo")
+    assert (path.name, entries["step"]) == ("demo_last.pt", 30)
 
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 0x55                                          # inside the tensor

@@ -201,6 +201,19 @@ def test_resamples_without_a_figure_are_left_out_and_counted():
     assert math.isnan(figures["auroc"].low) and figures["auroc"].left_out == 10
 
 
+def test_copies_of_a_case_do_not_narrow_an_interval():
+    """Eight equal studies of each of 30 patients tell what one of each tells."""
+    generator = torch.Generator().manual_seed(0)
+    logits, labels = torch.randn(30, 1, generator=generator), torch.arange(30)[:, None] % 2 * 1.0
+    copies = {"logits": logits.repeat_interleave(8, 0), "labels": labels.repeat_interleave(8, 0),
+              "resamples": 200}
+    units = [f"p{number // 8}" for number in range(240)]
+    once = bootstrap("bce", ["mass"], logits, labels, torch.Generator().manual_seed(1), 200)["auroc"]
+    same, narrow = (bootstrap("bce", ["mass"], generator=torch.Generator().manual_seed(1), units=of, **copies)
+                    ["auroc"] for of in (units, None))
+    assert same == pytest.approx(once) and narrow.high - narrow.low < 0.6 * (once.high - once.low)
+
+
 @pytest.mark.parametrize("word", ["bce", "ce"])
 def test_curves_are_drawn_for_labels_that_have_one(tmp_path, word):
     """Also where a label has one class only, and with plain figures as with intervals."""

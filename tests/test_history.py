@@ -55,8 +55,11 @@ def test_tensorboard_holds_the_logged_values(tmp_path):
     for row in HISTORY:
         trackers.log({"val/loss": row["val/loss"]}, row["step"])
     trackers.close()
+    resumed = Trackers(["tensorboard"], tmp_path, settings={}, step=8)
+    resumed.log({"val/loss": 0.25}, 12)
+    resumed.close()
     events = EventAccumulator(str(tmp_path / "tb")).Reload().Scalars("val/loss")
-    assert [(event.step, round(event.value, 6)) for event in events] == [(4, 0.6), (8, 0.5)]
+    assert [(event.step, round(event.value, 6)) for event in events] == [(4, 0.6), (8, 0.5), (12, 0.25)]
 
 
 def test_no_tracker_writes_nothing_and_an_unknown_one_is_refused(tmp_path):

@@ -1,6 +1,7 @@
 """The inference script as a user runs it: files of every kind in, maps, pictures and tables out."""
 
 import csv
+import shutil
 
 import numpy as np
 import pytest
@@ -115,6 +116,16 @@ def test_changes_are_the_components_of_the_written_map(infer, few):
     assert len(found) == len(expected) > 0
     for one, other in zip(sorted(found), sorted(expected), strict=True):
         assert one[0] == other[0] and one[1:] == pytest.approx(other[1:], rel=1e-4)
+
+
+def test_a_known_map_that_is_none_is_left_out_by_name(infer, few, tmp_path):
+    """A mask of 0 and 255 taken for a difference would spoil the figures of all cases."""
+    shutil.copytree(few, tmp_path / "few")
+    write_nifti(tmp_path / "few" / "p1_a" / "diff_map.nii.gz", np.full((64, 64), 255.0))
+    out = infer("--data", tmp_path / "few")
+    bad, = rows_of(out / "bad_files.csv")
+    assert "p1_a/diff_map.nii.gz: values from 255 to 255, not within [-1, 1]" in str(bad.values())
+    assert [row["case"] for row in rows_of(out / "metrics.csv")] == ["p0_a", "p2_a", "p3_a"]
 
 
 def test_the_split_is_that_of_training(infer, pairs):

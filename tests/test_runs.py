@@ -1,5 +1,6 @@
 """Which checkpoint of a run counts as the best, and which files stay."""
 
+import json
 import math
 
 import pytest
@@ -7,7 +8,16 @@ import torch
 
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.config import UserError
-from utils.runs import best_row, is_better, keep_checkpoint, open_run, own_sums, resume_position, stale_for
+from utils.runs import (
+    best_row,
+    is_better,
+    keep_checkpoint,
+    monitored,
+    open_run,
+    own_sums,
+    resume_position,
+    stale_for,
+)
 
 
 @pytest.mark.parametrize("mode, value, best, better", [
@@ -23,10 +33,20 @@ def test_a_metric_that_is_not_measured_is_refused_by_name():
     """A mistyped constant would keep the first epoch for ever; one left out later is no mistake."""
     with pytest.raises(UserError, match="val/auc is not measured; there are epoch, val/auroc"):
         is_better({"epoch": 1, "val/auroc": 0.5}, None, "val/auc", "max")
-    with pytest.raises(UserError, match='"up": use "min" or "max"'):
-        is_better({"val/auroc": 0.5}, None, "val/auroc", "up")
     assert not is_better({"epoch": 2}, 0.5, "val/auroc", "max")
     assert not is_better({"epoch": 2}, math.nan, "val/auroc", "max")
+
+
+@pytest.mark.parametrize("metric, mode, words", [
+    ("val/auroc", "up", 'use "min" or "max"'), ("val/auroc", "min", 'use "max"'),
+    ("val/mae", "max", 'worst epoch: use "min"'), ("train/loss", "max", 'use "min"'),
+    ("epoch", "min", 'use "max"')])
+def test_a_mode_that_would_keep_the_worst_epoch_is_refused(metric, mode, words):
+    """Who changes the metric alone has the mode of the one before."""
+    with pytest.raises(UserError, match=words):
+        monitored(metric, mode)
+    for fine in ((metric, "max" if "max" in words else "min"), ("val/rank", "max"), ("val/mine", "min")):
+        assert monitored(*fine) == fine
 
 
 def save_epoch(folder, history, **entries):
@@ -45,6 +65,20 @@ def test_the_best_epoch_and_the_wanted_ones_stay(tmp_path):
     assert names == ["mil_epoch_1.pt", "mil_epoch_2.pt", "mil_last.pt", "mil_last.pt"]
     assert load_checkpoint(tmp_path / "mil_best.pt")["epoch"] == 2
     assert {path.name for path in tmp_path.iterdir()} == {"mil_best.pt", "mil_epoch_2.pt", "mil_last.pt"}
+
+
+def test_a_branch_has_a_best_checkpoint_of_its_own(tmp_path):
+    """The best epoch of the run that it left lies in another folder; here the best of these is kept."""
+    history, best = [{"epoch": 1, "val/loss": 0.1}], []
+    for epoch, value in enumerate([0.3, 0.25, 0.28, math.nan], start=2):
+        history.append({"epoch": epoch, "val/loss": value})
+        save_epoch(tmp_path, history)
+        keep_checkpoint(tmp_path, "mil", 1, 0)
+        best.append(load_checkpoint(tmp_path / "mil_best.pt")["epoch"])
+    assert best == [2, 3, 3, 3]
+    (tmp_path / "mil_best.pt").write_bytes(b"PK")
+    keep_checkpoint(tmp_path, "mil", 1, 0)
+    assert load_checkpoint(tmp_path / "mil_best.pt")["epoch"] == 5
 
 
 def test_only_the_end_of_an_epoch_is_copied(tmp_path):
@@ -96,6 +130,31 @@ def test_going_on_under_another_name_never_overwrites_that_run(tmp_path):
     for name, folder in (("third", "third"), ("first", "first"), (None, "first")):
         run_dir, state = open_run(tmp_path, name, path, "mil")
         assert run_dir == tmp_path / folder and state["step"] == 1
+
+
+def test_a_trial_and_a_run_never_go_on_from_each_other(tmp_path):
+    """The epoch of --fast-dev-run is of one batch; a run that took it for its first would miss an epoch."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for words, trial in ((["--fast-dev-run"], False), ([], True)):
+        (folder / "training_params.json").write_text(json.dumps({"command": ["train.py", *words]}))
+        save_epoch(folder, [{"epoch": 1, "val/loss": 0.5}], optimizer_state_dict={})
+        path = folder / "mil_last.pt"
+        for name, checkpoint in (("run", "auto"), ("other", path), (None, path)):
+            with pytest.raises(UserError, match="run/mil_last.pt: .* --fast-dev-run .* choose another -n"):
+                open_run(tmp_path, name, checkpoint, "mil", trial)
+        assert open_run(tmp_path, "run", "auto", "mil", not trial)[1]["epoch"] == 1
+        with pytest.raises(UserError, match="remove it" if words else "resume it with -c auto"):
+            open_run(tmp_path, "run", None, "mil", trial)
+
+
+@pytest.mark.parametrize("checkpoint", [None, "auto"])
+def test_a_run_of_another_kind_keeps_its_folder(checkpoint, tmp_path):
+    """Both would write metrics.csv, the curves and the samples."""
+    (tmp_path / "run").mkdir()
+    save_epoch(tmp_path / "run", [{"epoch": 1, "val/loss": 0.5}])
+    with pytest.raises(UserError, match="run already holds a run; .*choose another -n"):
+        open_run(tmp_path, "run", checkpoint, "hvit")
 
 
 @pytest.mark.parametrize("batch, num_batches, every, position", [

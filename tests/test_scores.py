@@ -98,9 +98,10 @@ def test_a_monitor_that_is_not_measured_is_named_with_those_that_are(names, mask
     measured |= {"val/dice", "val/hd95"} if mask_names else set()
     measured |= {"val/dice/csf"} if len(mask_names) > 1 else set()
     for monitor in measured:
-        check_monitor("SPINE_MONITOR", monitor, "", scores(), *one)
+        mode = "min" if monitor.endswith(("loss", "hd95")) else "max"
+        check_monitor("SPINE_MONITOR", monitor, mode, "", scores(), *one)
     with pytest.raises(UserError, match="SPINE_MONITOR = val/auroc: not measured with this; there are epoch"):
-        check_monitor("SPINE_MONITOR", "val/auroc", "this", scores(), *one)
+        check_monitor("SPINE_MONITOR", "val/auroc", "max", "this", scores(), *one)
 
 
 def test_only_where_both_have_an_accuracy_is_that_of_masks_renamed():

@@ -197,6 +197,19 @@ def test_gan_state_is_saved_and_resumed(train):
     assert float(rows[1]["train/GAN"]) > 0 and float(rows[1]["train/Discriminator"]) > 0
     branch = train("branch", *settings, words=["-c", whole / "longitudinal_mim_epoch_1.pt"])
     assert states_differ(whole / LAST, branch / LAST) == []
+    slower = train("slower", *settings, "GAN_LR=1e-5", words=["-c", whole / "longitudinal_mim_epoch_1.pt"])
+    gan_state = torch.load(slower / LAST, weights_only=True)["gan_state_dict"]
+    assert {group["lr"] for group in gan_state["optimizer"]["param_groups"]} == {1e-5}
+
+
+def test_a_run_goes_on_with_a_discriminator_and_a_precision_that_it_began_without(train, capsys):
+    """Both begin where nothing of theirs was saved; what has changed is told."""
+    run = train("run", "LONGITUDINAL_MIM_EPOCHS=1")
+    train("run", "USE_GAN=True", "GAN_START_EPOCH=2", "PRECISION=fp16", words=["-c", "auto"])
+    checkpoint = torch.load(run / LAST, weights_only=True)
+    assert checkpoint["epoch"] == 2 and checkpoint["gan_state_dict"] is not None
+    assert checkpoint["history"][1]["train/Discriminator"] > 0
+    assert "Changed since the checkpoint: USE_GAN: False -> True" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])

@@ -332,6 +332,20 @@ def test_a_study_is_in_one_split_and_stays_there(count):
         assert all({s.name for s in fewer[key]} <= {s.name for s in splits[key]} for key in splits)
 
 
+def test_studies_of_a_patient_stay_together(tmp_path):
+    """A test on the earlier scan of someone in training would measure memory."""
+    studies, table = named(f"s{i}" for i in range(100)), tmp_path / "patients.csv"
+    table.write_text("study_id,patient\n" + "".join(f"s{i},p{i // 3}\n" for i in range(100)))
+    splits = split_studies(studies, 0.2, 0.2, None, table)
+    homes = {key: {int(study.name[1:]) // 3 for study in part} for key, part in splits.items()}
+    assert sum(map(len, homes.values())) == 34 and all(homes.values())
+    for text, message in (("study_id\ns0\n", "columns study_id and patient"),
+                          ("study_id,patient\ns0,p\ns1,\n", "no patient for study s1 .99 in all")):
+        table.write_text(text)
+        with pytest.raises(UserError, match=f"STUDY_PATIENTS .*{message}"):
+            split_studies(studies, 0.2, 0.2, None, table)
+
+
 def test_a_csv_decides_on_the_splits(tmp_path):
     """Its messages name the constant, the file and what is wrong."""
     path, studies = tmp_path / "split.csv", named("abc")
@@ -352,6 +366,14 @@ def test_a_csv_decides_on_the_splits(tmp_path):
         with pytest.raises(UserError, match=message) as error:
             split_studies(studies, 0.2, 0.1, path)
         assert str(path) in str(error.value)
+    path.write_text("study,patient\na,p\nb,p\nc,q\n")
+    for rows in ("patient,split\np,train\nq,val\n", "study,split\na,train\nb,train\nc,val\n"):
+        (tmp_path / "by.csv").write_text(rows)
+        splits = split_studies(studies, 0.2, 0.1, tmp_path / "by.csv", path)
+        assert [s.name for s in splits["train"]] == ["a", "b"] and [s.name for s in splits["val"]] == ["c"]
+    (tmp_path / "by.csv").write_text("study,split\na,train\nb,val\nc,val\n")
+    with pytest.raises(UserError, match="patient p is in train and val"):
+        split_studies(studies, 0.2, 0.1, tmp_path / "by.csv", path)
     with pytest.raises(UserError, match="2 studies cannot fill.*STUDY_SPLIT_CSV"):
         split_studies(studies[:2], 0.2, 0.1)
     with pytest.raises(UserError, match="STUDY_VAL_FRACTION"):

@@ -125,14 +125,19 @@ def report_masks(output, title, metrics, figures, masks, worst):
         slice_sheet(output / "worst.png", pictures)
 
 
-def report_cases(output, split, case, cases, word, names, results, resamples, seed):
-    """All tables and pictures of results, with intervals over the cases; case, cases: what they are."""
-    def intervals(_, outputs, labels):
-        return bootstrap(word, names, outputs, labels, torch.Generator().manual_seed(seed), resamples)
+def report_cases(output, split, case, cases, word, names, results, resamples, seed, units):
+    """All tables and pictures of results, with intervals over their units; case, cases: what they are.
 
+    units: (dict case -> unit, such as its patient; what the units are).
+    """
+    def intervals(members, outputs, labels):
+        return bootstrap(word, names, outputs, labels, torch.Generator().manual_seed(seed), resamples,
+                         units=[unit_of[case] for case in members])
+
+    unit_of, kind = units
     print(f"{len(results)} {cases} ({split}), {len(labelled(results)[0])} with labels")
     write_predictions(output / "predictions.csv", case, word, names, results)
-    title = split, f"{resamples} resamples of the {cases}"
+    title = split, f"{resamples} resamples of the {len({unit_of[case] for case in results})} {kind}"
     write_figures(output / "metrics.csv", report_figures(output, title, word, names, results, intervals))
 
 

@@ -109,8 +109,9 @@ def _read(path, bare=False):
 def newest_sound(folder, kind):
     """The newest loadable checkpoint of a run: (path, its dict, list of damaged paths passed over).
 
-    Looks at <kind>_last.pt, _best.pt and _epoch_N.pt; the newest is that of most optimizer steps.  None when
-    the folder has no such file.  Raises UserError when it has some and none is sound.
+    That is <kind>_last.pt, else of _best.pt and _epoch_N.pt that of most optimizer steps: a run that went
+    back to an earlier epoch has later ones that it left.  None when the folder has no such file.  Raises
+    UserError when it has some and none is sound.
     """
     folder = Path(folder)
     paths = [path for path in (folder / f"{kind}_last.pt", folder / f"{kind}_best.pt") if path.is_file()]
@@ -121,8 +122,8 @@ def newest_sound(folder, kind):
             steps[path] = int(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["step"])
         except UNREADABLE:
             damaged.append(path)
-    # A stable sort: of equal steps the earlier in ``paths`` is taken, _last before its copies.
-    for path in sorted(steps, key=steps.get, reverse=True):
+    # A stable sort: of equal steps the earlier in ``paths`` is taken.
+    for path in sorted(steps, key=lambda path: (path.name == f"{kind}_last.pt", steps[path]), reverse=True):
         try:
             return path, load_checkpoint(path, kind), damaged
         except UserError:

@@ -67,15 +67,27 @@ class StudyMetrics:
         return {name: values.item() for name, values in figures.items()}
 
 
-def bootstrap(word, names, logits, labels, generator, resamples=1000, level=0.95):
-    """Percentile interval of every figure, over studies drawn with replacement.
+def bootstrap(word, names, logits, labels, generator, resamples=1000, level=0.95, units=None):
+    """Percentile interval of every figure, over units drawn with replacement, with all their studies.
 
     logits [N, C], labels [N, L] on the CPU, as ``StudyMetrics`` holds them; generator: torch.Generator.
-    Returns dict name -> utils.intervals.Interval.
+    units: N names, such as the patients (studies of one are alike: see intervals.draw_units); None: each
+    study is one.  Returns dict name -> utils.intervals.Interval.
     """
-    whole = study_figures(word, names, logits, labels, torch.arange(len(logits))[None])
-    index = torch.randint(len(logits), (resamples, len(logits)), generator=generator)
-    drawn = study_figures(word, names, logits, labels, index)
+    def figures(rows):
+        return study_figures(word, names, logits, labels, rows)
+
+    members = {}
+    for row, unit in enumerate(range(len(logits)) if units is None else units):
+        members.setdefault(unit, []).append(row)
+    members = [torch.tensor(rows) for rows in members.values()]
+    whole = figures(torch.arange(len(logits))[None])
+    index = torch.randint(len(members), (resamples, len(members)), generator=generator)
+    if len(members) == len(logits):
+        drawn = figures(torch.cat(members)[index])
+    else:                                            # resamples differ in length
+        each = [figures(torch.cat([members[unit] for unit in units])[None]) for units in index.tolist()]
+        drawn = {name: torch.cat([resample[name] for resample in each]) for name in whole}
     return intervals({name: value.item() for name, value in whole.items()}, drawn, level)
 
 

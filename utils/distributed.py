@@ -7,6 +7,7 @@ Functions that talk to the other ranks say "collective": all ranks must call the
 import os
 import warnings
 from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from utils.config import UserError
 
 STRATEGIES = ("ddp", "zero2", "fsdp")
+PATIENCE = timedelta(hours=12)                       # of ranks for the slowest; a dead one torchrun notices
 
 
 def setup_distributed(word=None):
@@ -37,7 +39,7 @@ def setup_distributed(word=None):
             raise UserError(f"--device {word}: torch has no such device here; leave it out") from error
     if "RANK" in os.environ and not dist.is_initialized():
         # Gloo stands beside NCCL so that flags on the CPU are reduced without waiting for the GPU.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **meeting_point())
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=PATIENCE, **meeting_point())
     return device
 
 

@@ -5,7 +5,7 @@ import importlib
 from tqdm import tqdm
 
 from utils.config import UserError
-from utils.distributed import is_main
+from utils.distributed import gather, is_main, say
 from utils.plotting import plot_detailed_curves, plot_loss_curves
 from utils.tables import write_csv
 
@@ -35,6 +35,17 @@ def epoch_line(row):
     return f"Epoch {row['epoch']} Complete: Train Loss: {row['train/loss']:.4f}{validation}"
 
 
+def say_end(run_dir, bad_files, trained):
+    """Collective: print which files any rank has skipped since the start, and where the run lies.
+
+    bad_files: set of this rank's messages.  trained: whether there was an epoch left to train.
+    """
+    skipped = sorted(set().union(*gather(bad_files)))
+    if skipped:
+        say(f"Skipped {len(skipped)} bad files: {', '.join(skipped)}")
+    say(f"{'Done' if trained else 'All epochs were done before'}: {run_dir}")
+
+
 def write_history(run_dir, history):
     """Write metrics.csv, loss_curves.png and detailed_loss_curves.png of the epochs of ``history``.
 
@@ -60,7 +71,7 @@ class Trackers:
         self.tensorboard = self.wandb = None
         if "tensorboard" in words:
             from torch.utils.tensorboard import SummaryWriter
-            self.tensorboard = SummaryWriter(run_dir / "tb", purge_step=step)
+            self.tensorboard = SummaryWriter(run_dir / "tb", purge_step=step and step + 1)
         if "wandb" in words:
             if importlib.util.find_spec("wandb") is None:
                 raise UserError("TRACKERS: wandb is not installed; run pip install wandb, or remove the word")

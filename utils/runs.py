@@ -1,5 +1,6 @@
 """The folder of a run, the checkpoints that it goes on from and keeps, and the loss that ends it."""
 
+import json
 import math
 import time
 from pathlib import Path
@@ -11,16 +12,22 @@ from utils.config import UserError
 from utils.distributed import broadcast_word, is_main, rank, world_size
 from utils.files import claim
 
+# Metrics that a good network lowers, and that it raises.
+FALLING = ("loss", "mae", "rmse", "ece", "hd95", "adapted_rand_error", "voi", "voi_split", "voi_merge")
+RISING = ("auroc", "balanced_accuracy", "f1", "f1_macro", "accuracy", "recall", "precision", "r2", "dice",
+          "iou", "probe_accuracy", "epoch")
 
-def open_run(runs_dir, name, checkpoint, kind):
+
+def open_run(runs_dir, name, checkpoint, kind, trial=False):
     """(folder of the run, checkpoint dict to resume from or None).
 
     name: word under ``runs_dir``; None takes the folder of the checkpoint, or ``<kind>_<time>``.
     checkpoint: None starts a run, a path resumes that file, "auto" resumes the newest sound file of the run,
     and starts when it has none; where _last.pt was damaged or missing, it is that file again.
+    trial: of --fast-dev-run, which goes on with no other run, and no other run with it.
     The folder is this process's until it ends.
-    UserError: a run of that name exists and is not the one resumed, or another process trains it; "auto"
-    without a name; a checkpoint that holds weights but not the state of their training.
+    UserError: a run of that name, of whatever kind, exists and is not the one resumed, or another process
+    trains it; "auto" without a name; a checkpoint that holds weights but not the state of their training.
     """
     runs_dir, last = Path(runs_dir), None
     if name is not None and Path(name).name != name:
@@ -32,19 +39,24 @@ def open_run(runs_dir, name, checkpoint, kind):
         found = newest_sound(run_dir, kind)
         checkpoint, state, damaged = found or (None, None, [])
         last = found and run_dir / f"{kind}_last.pt"
+        if found is None:
+            refuse_other_run(run_dir)
         if is_main():
             print("".join(f"Damaged, passed over: {file}\n" for file in damaged), end="")
     elif checkpoint is not None:
         state = load_checkpoint(checkpoint, kind)
         run_dir = runs_dir / name if name is not None else Path(checkpoint).parent
         if run_dir.resolve() != Path(checkpoint).resolve().parent:
-            refuse_other_run(run_dir, kind)
+            refuse_other_run(run_dir)
     else:
         run_dir = runs_dir / broadcast_word(name or f"{kind}_{time.strftime('%Y%m%d_%H%M%S')}")
-        refuse_other_run(run_dir, kind)
+        refuse_other_run(run_dir)
         state = None
     if state is not None and "optimizer_state_dict" not in state:
         raise UserError(f"{checkpoint}: holds weights, but no training to go on with; start with --init")
+    if state is not None and is_trial(Path(checkpoint).parent) != trial:
+        raise UserError(f"{checkpoint}: {'no' if trial else 'a'} --fast-dev-run has written it, and this is "
+                        f"{'one' if trial else 'none'}; choose another -n, or remove the folder")
     if is_main():
         claim(run_dir, "wait for its end, or choose another -n")
         (run_dir / "samples").mkdir(exist_ok=True)
@@ -55,10 +67,19 @@ def open_run(runs_dir, name, checkpoint, kind):
     return run_dir, state
 
 
-def refuse_other_run(run_dir, kind):
-    """UserError, from the main process, when the folder holds checkpoints that a run would overwrite."""
-    if is_main() and any(run_dir.glob(f"{kind}_*.pt")):
-        raise UserError(f"{run_dir} already holds a run; resume it with -c auto, or choose another -n")
+def refuse_other_run(run_dir):
+    """UserError, from the main process, when the folder holds a run, whose files another would overwrite."""
+    if is_main() and any(run_dir.glob("*.pt")):
+        way = "remove it" if is_trial(run_dir) else "resume it with -c auto"
+        raise UserError(f"{run_dir} already holds a run; {way}, or choose another -n")
+
+
+def is_trial(run_dir):
+    """Whether the run in a folder was started with --fast-dev-run."""
+    try:
+        return "--fast-dev-run" in json.loads((run_dir / "training_params.json").read_text())["command"]
+    except FileNotFoundError:
+        return False
 
 
 def resume_position(checkpoint, num_batches, every):
@@ -88,14 +109,27 @@ def own_sums(saved, share, device):
     return {name: share * value.to(device) for name, value in own.items()}
 
 
+def monitored(metric, mode):
+    """(metric, mode), what makes a checkpoint the best one: the lowest ("min") or the highest ("max").
+
+    UserError: another word, or the one by which the worst epoch would be kept.
+    """
+    if mode not in ("min", "max"):
+        raise UserError(f'the mode of the monitored {metric} is "{mode}": use "min" or "max"')
+    name = metric.rpartition("/")[2]
+    if name in (FALLING if mode == "max" else RISING):
+        other = "min" if mode == "max" else "max"
+        raise UserError(f'the mode of the monitored {metric} is "{mode}", which would keep the worst epoch: '
+                        f'use "{other}"')
+    return metric, mode
+
+
 def is_better(row, best, metric, mode):
     """Whether ``row[metric]`` beats ``best`` (None at first); NaN beats None and NaN alone.
 
     So of epochs whose metric is undefined, as an AUROC of one class, the newest counts until one has a
-    number.  mode: "min" | "max".  UserError: another word, or a metric that the run does not measure.
+    number.  mode: "min" | "max".  UserError: a metric that the run does not measure.
     """
-    if mode not in ("min", "max"):
-        raise UserError(f'the mode of the monitored {metric} is "{mode}": use "min" or "max"')
     if metric not in row and best is None:
         raise UserError(f"the monitored {metric} is not measured; there are {', '.join(row)}")
     if metric not in row:                                              # a probe, which some epochs leave out
@@ -139,10 +173,18 @@ def keep_checkpoint(run_dir, kind, keep_top, every, metric="val/loss", mode="min
         return last.name
     path = run_dir / f"{kind}_epoch_{epoch}.pt"
     copy_checkpoint(last, path)
-    if best_row(history, metric, mode) is history[-1] or not best.exists():
+    if is_better(history[-1], best_value(best, metric), metric, mode):
         copy_checkpoint(last, best)
     kept = prune_epochs(run_dir, kind, history, keep_top, every, metric, mode == "max")
     return path.name if path in kept else last.name
+
+
+def best_value(path, metric):
+    """The metric of the epoch in a <kind>_best.pt, which an earlier run's history may not have; else None."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)["history"][-1].get(metric)
+    except (*UNREADABLE, IndexError):
+        return None
 
 
 def check_finite(loss, terms, step, cases):

@@ -6,6 +6,7 @@ from utils.config import UserError
 from utils.distributed import gather, gather_rows
 from utils.mask_metrics import MaskMetrics
 from utils.photo_metrics import PhotoMetrics
+from utils.runs import monitored
 
 
 class LogitScores:
@@ -90,12 +91,14 @@ def one_slice(labels, channels):
     return batch, outputs | ({"terms": torch.ones(2, 2)} if len(outputs) == 2 else {})
 
 
-def check_monitor(constant, monitor, note, scores, batch, outputs):
+def check_monitor(constant, monitor, mode, note, scores, batch, outputs):
     """Raise UserError now, not after an epoch, when the ``monitor`` that a constant names is not measured.
 
+    mode: see runs.monitored, whose error is raised here, too.
     note: on what decides what is measured; batch, outputs: of any one item.
     """
     scores.add(batch, outputs, 1)
     measured = ["epoch", "train/loss", *(f"val/{name}" for name in scores.compute())]
     if monitor not in measured:
         raise UserError(f"{constant} = {monitor}: not measured with {note}; there are {', '.join(measured)}")
+    monitored(monitor, mode)
