@@ -89,6 +89,8 @@ bench: setup
 setup: $(SETUP)
 
 $(SETUP): requirements.txt requirements-dev.txt
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and \
+		'Python 3.11 or newer is needed; if there is one: make PYTHON=python3.12 ...')"
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@
