@@ -1,6 +1,7 @@
 """Small pairs of images, studies, volumes, photographs and slices on disk, and the scripts as functions."""
 
 import importlib
+import signal
 import sys
 
 import h5py
@@ -22,6 +23,8 @@ from prepare_data import cache_settings
 from utils.config import exit_code
 
 torch.set_num_threads(1)          # as in the processes of forks.py: the same results on any machine
+
+INTERRUPTS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)            # what Interrupts answers
 
 # A network of a few million weights on images of 64 pixels: an epoch takes a second or two.
 SMALL = ["EFFICIENTNET=b0", "VIT=tiny", "IMG_SIZE=64", "MASK_PATCH_SIZE=32", "BATCH_SIZE=2",
@@ -219,8 +222,9 @@ def narrow_xray(monkeypatch):
 
 @pytest.fixture
 def script(monkeypatch):
-    """Call a script's ``main`` with command-line words; constants.py is as it was afterwards."""
+    """Call a script's ``main`` with command-line words; constants.py is as it was afterwards, and signals."""
     before = {name: value for name, value in vars(C).items() if name.isupper()}
+    handlers = {number: signal.getsignal(number) for number in INTERRUPTS}
     threads = torch.get_num_threads()
 
     def call(name, *words):
@@ -231,6 +235,8 @@ def script(monkeypatch):
     yield call
     vars(C).update(before)
     torch.set_num_threads(threads)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)                # a process forked later would not end on SIGTERM
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import os
 import signal
 
 import pytest
+from conftest import INTERRUPTS
 
 from utils.interrupts import Interrupts
 
@@ -11,7 +12,7 @@ from utils.interrupts import Interrupts
 @pytest.fixture(autouse=True)
 def handlers():
     """Give the signals back after a test."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    before = {number: signal.getsignal(number) for number in INTERRUPTS}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
