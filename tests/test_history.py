@@ -55,11 +55,18 @@ def test_tensorboard_holds_the_logged_values(tmp_path):
     for row in HISTORY:
         trackers.log({"val/loss": row["val/loss"]}, row["step"])
     trackers.close()
-    resumed = Trackers(["tensorboard"], tmp_path, settings={}, step=8)
-    resumed.log({"val/loss": 0.25}, 12)
-    resumed.close()
     events = EventAccumulator(str(tmp_path / "tb")).Reload().Scalars("val/loss")
-    assert [(event.step, round(event.value, 6)) for event in events] == [(4, 0.6), (8, 0.5), (12, 0.25)]
+    assert [(event.step, round(event.value, 6)) for event in events] == [(4, 0.6), (8, 0.5)]
+
+
+@pytest.mark.parametrize("step, hidden", [(0, 0), (8, 9)])
+def test_what_a_resumed_run_does_again_is_hidden_and_nothing_else(step, hidden, tmp_path, monkeypatch):
+    """TensorBoard hides from purge_step on; the epoch that ended at the checkpoint's step stays."""
+    asked = []
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter",
+                        lambda folder, purge_step: asked.append(purge_step))
+    Trackers(["tensorboard"], tmp_path, {}, step)
+    assert asked == [hidden]
 
 
 def test_no_tracker_writes_nothing_and_an_unknown_one_is_refused(tmp_path):

@@ -39,8 +39,7 @@ def test_a_metric_that_is_not_measured_is_refused_by_name():
 
 @pytest.mark.parametrize("metric, mode, words", [
     ("val/auroc", "up", 'use "min" or "max"'), ("val/auroc", "min", 'use "max"'),
-    ("val/mae", "max", 'worst epoch: use "min"'), ("train/loss", "max", 'use "min"'),
-    ("epoch", "min", 'use "max"')])
+    ("val/mae", "max", 'worst epoch: use "min"'), ("train/loss", "max", 'use "min"')])
 def test_a_mode_that_would_keep_the_worst_epoch_is_refused(metric, mode, words):
     """Who changes the metric alone has the mode of the one before."""
     with pytest.raises(UserError, match=words):

@@ -360,7 +360,7 @@ def test_data_that_do_not_fit_the_task_are_refused(refused, train_spine, spine, 
     run = train_spine("classify", "a", words=["--fast-dev-run"])
     other = "\n".join(["path,label", *(f"{path},{'ab'[number % 2]}" for number, path in enumerate(paths))])
     assert "the checkpoint is for bare, barred, the labels for a, b" in line(
-        "classify", other, words=["-c", run / "classify_last.pt"])
+        "classify", other, words=["-c", run / "classify_last.pt", "--fast-dev-run"])
 
 
 def test_a_bad_file_stops_training_or_is_skipped_and_evaluation_leaves_it_out(

@@ -15,7 +15,7 @@ from utils.files import claim
 # Metrics that a good network lowers, and that it raises.
 FALLING = ("loss", "mae", "rmse", "ece", "hd95", "adapted_rand_error", "voi", "voi_split", "voi_merge")
 RISING = ("auroc", "balanced_accuracy", "f1", "f1_macro", "accuracy", "recall", "precision", "r2", "dice",
-          "iou", "probe_accuracy", "epoch")
+          "iou", "probe_accuracy")
 
 
 def open_run(runs_dir, name, checkpoint, kind, trial=False):
