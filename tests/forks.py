@@ -1,6 +1,7 @@
 """Processes that a test may kill, fill up or lock out: forks of its own, which have everything imported."""
 
 import ctypes
+import gc
 import os
 import resource
 import signal
@@ -27,6 +28,7 @@ class Fork:
         if self.number == 0:
             os.close(self.pipe)
             sys.stdout = sys.stderr = os.fdopen(end, "w", buffering=1)
+            gc.freeze()                              # what the parent has left has threads there, and none here
             torch.set_num_threads(1)                 # the pool of the parent's threads has not come along
             code = 1
             try:

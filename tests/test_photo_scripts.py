@@ -185,8 +185,8 @@ def test_a_run_that_gets_no_better_ends_early(no_curves, train_photo, capsys):
     assert "No better val/accuracy in 2 validations: the run ends" in capsys.readouterr().out
 
 
-def test_torchvisions_networks_take_the_same_way(no_curves, train_photo, script, photos, tmp_path):
-    """From their weights' file to figures; in frozen epochs these weights stay."""
+def test_torchvisions_networks_take_the_same_way(no_curves, train_photo, script, photos, tmp_path, capsys):
+    """From their weights' file to figures; in frozen epochs they stay, and --init counts, too."""
     torch.manual_seed(0)
     source = build_photo_model("efficientnet_b0", 5).network
     torch.save({**source.state_dict(), "classifier.1.weight": torch.zeros(5, 1280)}, tmp_path / "b0.pth")
@@ -197,6 +197,10 @@ def test_torchvisions_networks_take_the_same_way(no_curves, train_photo, script,
     script("evaluate", "--checkpoint", run / "hvit_best.pt", "--data", photos, "--output", tmp_path / "out",
            "--bootstrap", 10)
     assert (tmp_path / "out" / "predictions.csv").exists()
+    assert "--init" not in capsys.readouterr().out
+    train_photo("hvit", "on", "HVIT_MODEL=efficientnet_b0", f"HVIT_WEIGHTS={tmp_path / 'b0.pth'}",
+                words=["--fast-dev-run", "--init", run / "hvit_best.pt"])
+    assert "weights of the backbone matched" in capsys.readouterr().out
 
 
 OPTIONS = {
