@@ -28,7 +28,7 @@ class Fork:
         if self.number == 0:
             os.close(self.pipe)
             sys.stdout = sys.stderr = os.fdopen(end, "w", buffering=1)
-            gc.freeze()                              # what the parent has left has threads there, and none here
+            gc.freeze()                              # what the parent has left may have threads there alone
             torch.set_num_threads(1)                 # the pool of the parent's threads has not come along
             code = 1
             try:
