@@ -4,11 +4,13 @@ import csv
 import math
 
 import pytest
+from forks import two_ranks
 from matplotlib.figure import Figure
 from PIL import Image
 
+from utils import distributed
 from utils.config import UserError
-from utils.history import Trackers, epoch_line, write_history
+from utils.history import Trackers, epoch_line, say_end, write_history
 from utils.plotting import draw_metric, plot_detailed_curves, plot_loss_curves
 
 HISTORY = [{"epoch": 1, "step": 4, "train/loss": 0.5, "val/loss": 0.6, "train/L1": 0.3, "train/lr": 1e-3},
@@ -39,6 +41,16 @@ def test_an_epoch_without_validation_has_a_line_and_a_row(tmp_path):
     write_history(tmp_path, rows)
     with open(tmp_path / "metrics.csv") as file:
         assert [row["val/loss"] for row in csv.DictReader(file)] == ["0.6", "0.5", ""]
+
+
+def test_files_that_any_rank_has_skipped_are_told_at_the_end():
+    """Each rank reads files of its own; the first one alone prints."""
+    def end():
+        distributed.setup_distributed()
+        say_end("runs/a", {f"bad {distributed.rank()}", "both"}, True)
+        distributed.cleanup()
+
+    assert two_ranks(end).splitlines() == ["Skipped 3 bad files: bad 0, bad 1, both", "Done: runs/a"]
 
 
 def test_table_and_both_curves_are_written_together(tmp_path):

@@ -98,6 +98,24 @@ def test_a_run_stopped_inside_an_epoch_ends_as_one_never_stopped(kind, train_stu
     assert states_differ(whole / f"{kind}_last.pt", run / f"{kind}_last.pt") == []
 
 
+@pytest.mark.parametrize("kind", SCRIPTS)
+def test_a_run_that_has_begun_more_epochs_than_are_asked_for_is_done(kind, train_study, tmp_path, monkeypatch,
+                                                                     capsys):
+    """Stopped inside the second, resumed for one: a schedule of one cycle takes no step beyond its end."""
+    settings = [f"{kind.upper()}_UPDATE_EVERY_BATCHES=1", f"{kind.upper()}_SCHEDULE=onecycle"]
+
+    def stop_in_the_second(*values):
+        if (tmp_path / "runs" / "run" / "metrics.csv").exists():
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SCRIPTS[kind], "check_finite", stop_in_the_second)
+        with pytest.raises(SystemExit):
+            train_study(kind, "run", *settings)
+    train_study(kind, "run", *settings, f"{kind.upper()}_EPOCHS=1", words=["-c", "auto"])
+    assert "All epochs were done before" in capsys.readouterr().out
+
+
 def test_a_finding_that_can_be_seen_is_learnt(train_study):
     """Labels, studies and logits stay together on their way: the scanner is told from the images alone."""
     run = train_study("mil", "learnt", "MIL_EPOCHS=20", "MIL_LR=1e-2", "MIL_FREEZE_BACKBONE=False",
