@@ -116,6 +116,15 @@ def test_a_run_that_has_begun_more_epochs_than_are_asked_for_is_done(kind, train
     assert "All epochs were done before" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("kind", SCRIPTS)
+def test_the_table_of_patients_decides_who_stays_together(kind, train_study, tmp_path):
+    """Ten studies of one patient cannot be divided."""
+    table = tmp_path / "patients.csv"
+    table.write_text("study_id,patient\n" + "".join(f"s{number},p\n" for number in range(10)))
+    with pytest.raises(UserError, match="10 studies of 1 patients cannot fill"):
+        train_study(kind, "run", f"STUDY_PATIENTS={table}")
+
+
 def test_a_finding_that_can_be_seen_is_learnt(train_study):
     """Labels, studies and logits stay together on their way: the scanner is told from the images alone."""
     run = train_study("mil", "learnt", "MIL_EPOCHS=20", "MIL_LR=1e-2", "MIL_FREEZE_BACKBONE=False",
